@@ -1,0 +1,41 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <string_view>
+
+namespace flashlm {
+
+/// Linear layer with ternary weights, with the RMSNorm and the activation quantization before it:
+///   y = gamma · a · Qᵀ.
+///
+///   n        rms_norm(x, norm_scale, eps) if there is a norm_scale, else x; see ops/rms_norm.h
+///   a        activation "none": n
+///            activation "int8": q / s, for each row s = 127 / max(max|n|, 1e-5) and
+///              q = clip(round(s · n), -128, 127), ties to even; the product is exact in int32
+///   Q, gamma quantizer "absmean" (BitNet b1.58, arXiv 2402.17764): gamma = max(mean|weight|, 1e-5),
+///              Q = clip(round(weight / gamma), -1, 1)
+///            quantizer "threshold": gamma = 1, Q = sign(weight) where |weight| > mean|weight|, else 0
+///
+///   x           (..., K)  float32, bfloat16 or float64, any strides; K >= 1
+///   weight      (N, K)    same dtype
+///   norm_scale  (K)       same dtype
+///   returns     (..., N)  same dtype, contiguous
+///
+/// Differentiable in x, weight and norm_scale, straight through both quantizations: da/dn and
+/// d(gamma · Q)/dweight are taken to be 1. The backward keeps x, weight and norm_scale, and quantizes again.
+/// bfloat16 is computed in float32. An infinity or a NaN is never quantized away: in weight it makes y NaN,
+/// in a row of x in mode "int8" it makes that row NaN.
+///
+/// Errors: another dtype, weight not 2-D, sizes that do not match, K = 0, an unknown quantizer or activation,
+/// eps < 0, and in mode "int8" K > 16777215: beyond it 128 · K, the largest possible sum, overflows int32.
+/// Schema: flashlm::bit_linear(Tensor x, Tensor weight, Tensor? norm_scale=None, *, str quantizer="absmean",
+///                             str activation="int8", float eps=1e-6) -> Tensor
+at::Tensor bit_linear(const at::Tensor& x, const at::Tensor& weight,
+                      const std::optional<at::Tensor>& norm_scale = std::nullopt,
+                      std::string_view quantizer = "absmean", std::string_view activation = "int8",
+                      double eps = 1e-6);
+
+}  // namespace flashlm

@@ -1,0 +1,33 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+
+namespace flashlm {
+
+/// A residual layer of two causal convolutions of the normalised input, one gating the other:
+///   h = rms_norm(x, norm_scale, eps),
+///   y = x + sigmoid(causal_conv1d(h, gate_weight)) · causal_conv1d(h, value_weight).
+/// A gated linear unit of convolutions (Dauphin et al. 2017, arXiv 1612.08083), dilated as WaveNet's (van den
+/// Oord et al. 2016, arXiv 1609.03499).
+///
+///   x            (B, T, D)               float32, bfloat16 or float64, any strides
+///   norm_scale   (D)                     same dtype
+///   gate_weight  (D, D/groups, K)        same dtype; value_weight alike
+///   history      (B, (K−1)·dilation, D)  same dtype; the rows of x (not of h) that precede it. Zero rows,
+///   with
+///                                        eps > 0, are as good as none.
+///   returns      (B, T, D)               same dtype, contiguous; differentiable in all tensors
+///
+/// A sequence fed in pieces, each with the rows before it as history, gives exactly the result of the whole.
+/// Only the arguments are kept for backward. bfloat16 is computed in float32. Errors: those of causal_conv1d,
+/// norm_scale not of size D, eps < 0.
+/// Schema: flashlm::gated_conv(Tensor x, Tensor norm_scale, Tensor gate_weight, Tensor value_weight,
+///         Tensor? history=None, *, int dilation=1, int groups=1, float eps=1e-6) -> Tensor
+at::Tensor gated_conv(const at::Tensor& x, const at::Tensor& norm_scale, const at::Tensor& gate_weight,
+                      const at::Tensor& value_weight, const std::optional<at::Tensor>& history = std::nullopt,
+                      int64_t dilation = 1, int64_t groups = 1, double eps = 1e-6);
+
+}  // namespace flashlm

@@ -1,0 +1,290 @@
+// SPDX-License-Identifier: Apache-2.0
+// Ternary weights times int8 rows. Weights are stored as code + 1 in {0, 1, 2}, unsigned, so that one
+// instruction (vpmaddubsw) multiplies them by signed activations and adds neighbours in pairs; the row sum of
+// the activations, which is what the + 1 adds, is taken off again. Everything between quantization and the
+// final scaling is integer, so all levels agree bit for bit.
+#include "ops/kernels/families.h"
+#include "ops/kernels/vec.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace flashlm::kernels::FLASHLM_ISA {
+namespace {
+
+// A 32-bit lane holds one output's next kGroup weights, so a vector of a panel is kOutputs outputs.
+constexpr int64_t kGroup = 4;
+constexpr int64_t kOutputs = kVectorBytes / kGroup;
+
+// A tile of kTileRows x kTilePanels vectors has that many 16-bit accumulators, live beside kTilePanels
+// vectors of weights and one of activations: 8 + 2 + 1 of 16 registers, or 16 + 2 + 1 of 32.
+constexpr int64_t kTileRows = kRegisters == 32 ? 8 : 4;
+constexpr int64_t kTilePanels = 2;
+
+// Additions into a 16-bit lane before it is widened. One addition is a pair of products u*q with u in
+// {0, 1, 2} and q in [-128, 127]: between -512 and 508. 64 of them stay in [-32768, 32512], which is int16;
+// 65 would not. (A pair alone never saturates vpmaddubsw either.)
+constexpr int64_t kWidenEvery = 64;
+static_assert(kWidenEvery * 2 * 2 * 128 <= 32768 && kWidenEvery * 2 * 2 * 127 <= 32767);
+constexpr int64_t kDepth = kWidenEvery * kGroup;
+
+inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// ---- 16-bit arithmetic ----
+
+/// Per 16-bit lane: the sum of its two bytes' products, w unsigned times q signed. The one place where levels
+/// differ.
+inline Vec<int16_t> pair_products(Vec<int16_t> w, Vec<int16_t> q) {
+#if defined(__AVX512BW__)
+  return (Vec<int16_t>)_mm512_maddubs_epi16((__m512i)w, (__m512i)q);
+#elif defined(__AVX2__)
+  return (Vec<int16_t>)_mm256_maddubs_epi16((__m256i)w, (__m256i)q);
+#else
+  return (w & 0xff) * ((q << 8) >> 8) + (w >> 8) * (q >> 8);  // w's top bit is never set
+#endif
+}
+
+/// Per 32-bit lane: the sum of its two 16-bit halves.
+inline Vec<int32_t> pair_sums(Vec<int16_t> v) {
+  const Vec<int32_t> both = (Vec<int32_t>)v;
+  return ((both << 16) >> 16) + (both >> 16);
+}
+
+// ---- weights ----
+
+template <class T>
+double abs_sum(int64_t n, const T* w) {
+  // As many partial sums on every level, always added in the same order: the same double everywhere.
+  constexpr int64_t kSums = 32;
+  constexpr int64_t lanes = kLanes<double>;
+  typedef T Part __attribute__((vector_size(lanes * sizeof(T))));
+  Vec<double> sum[kSums / lanes] = {};
+  int64_t i = 0;
+  for (; i + kSums <= n; i += kSums) {
+#pragma GCC unroll 16
+    for (int64_t s = 0; s < kSums / lanes; ++s) {
+      Part part;
+      memcpy(&part, w + i + s * lanes, sizeof part);
+      const Vec<double> v = __builtin_convertvector(part, Vec<double>);
+      sum[s] += v < 0 ? -v : v;
+    }
+  }
+  double total = 0;
+  for (int64_t s = 0; s < kSums; ++s) total += sum[s / lanes][s % lanes];
+  for (; i < n; ++i) total += __builtin_fabs(static_cast<double>(w[i]));
+  return total;
+}
+
+template <class T>
+inline int code(T w, T bound) {
+  return (w > bound) - (w < -bound);
+}
+
+template <class T>
+void ternary_codes(int64_t n, const T* w, T bound, int8_t* codes) {
+  for (int64_t i = 0; i < n; ++i) codes[i] = static_cast<int8_t>(code(w[i], bound));
+}
+
+template <class T>
+void ternary_values(int64_t n, const T* w, T bound, T gamma, T* q) {
+  for (int64_t i = 0; i < n; ++i) q[i] = static_cast<T>(code(w[i], bound)) * gamma;
+}
+
+/// packed[panel][k / kGroup][output][kGroup]; what lies outside (n, k) is the code 0.
+void pack(int64_t n, int64_t k, const int8_t* codes, uint8_t* packed) {
+  typedef uint8_t Group __attribute__((vector_size(kGroup)));
+  const int64_t groups = round_up(k, kGroup) / kGroup;
+  for (int64_t j = 0; j < round_up(n, kOutputs); ++j) {
+    uint8_t* to = packed + (j / kOutputs * groups * kOutputs + j % kOutputs) * kGroup;
+    for (int64_t p = 0; p < k; p += kGroup, to += kOutputs * kGroup) {
+      const int64_t size = j < n ? min_of(kGroup, k - p) : 0;
+      Group group = {};
+      if (size == kGroup) {
+        memcpy(&group, codes + j * k + p, sizeof group);
+      } else {
+        for (int64_t i = 0; i < size; ++i) group[i] = static_cast<uint8_t>(codes[j * k + p + i]);
+      }
+      group += 1;
+      memcpy(to, &group, sizeof group);
+    }
+  }
+}
+
+// ---- activations ----
+
+inline float round_to_even(float x) { return __builtin_rintf(x); }
+inline double round_to_even(double x) { return __builtin_rint(x); }
+
+template <class T>
+struct BitsOf;
+template <>
+struct BitsOf<float> {
+  typedef int32_t type;
+};
+template <>
+struct BitsOf<double> {
+  typedef int64_t type;
+};
+
+/// max|x|, NaN if there is one: without the sign, floats order as the integers with their bits do, NaN last.
+template <class T>
+T abs_max(int64_t n, const T* x) {
+  using Bits = typename BitsOf<T>::type;
+  const Bits magnitude = static_cast<Bits>(~(uint64_t{1} << (8 * sizeof(T) - 1)));
+  Vec<Bits> most = {};
+  int64_t i = 0;
+  for (; i + kLanes<T> <= n; i += kLanes<T>) {
+    most = vec_max<Bits>(most, (Vec<Bits>)load(x + i) & magnitude);
+  }
+  most = vec_max<Bits>(most, (Vec<Bits>)load_first(x + i, n - i) & magnitude);
+  const Bits bits = reduce_max<Bits>(most);
+  T value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+template <class T>
+void quantize_rows(int64_t rows, int64_t k, const T* x, int8_t* q, T* inverse_scale, int32_t* row_sum) {
+  const int64_t padded = round_up(k, kGroup);
+  for (int64_t r = 0; r < rows; ++r, x += k, q += padded) {
+    const T largest = abs_max(k, x);
+    int32_t sum = 0;
+    if (__builtin_isfinite(largest)) {
+      const T top = largest > T(1e-5) ? largest : T(1e-5);
+      const T scale = T(127) / top;
+      // |x| <= top, so the product rounds into [-127, 127] and needs no clipping.
+      for (int64_t i = 0; i < k; ++i) {
+        const int32_t value = static_cast<int32_t>(round_to_even(x[i] * scale));
+        q[i] = static_cast<int8_t>(value);
+        sum += value;
+      }
+      inverse_scale[r] = top / T(127);
+    } else {
+      // An infinity or a NaN makes the row NaN, as it does in floating point; it must not be hidden.
+      memset(q, 0, static_cast<size_t>(k));
+      inverse_scale[r] = static_cast<T>(__builtin_nan(""));
+    }
+    for (int64_t i = k; i < padded; ++i) q[i] = 0;
+    row_sum[r] = sum;
+  }
+}
+
+template <class T>
+void dequantize_rows(int64_t rows, int64_t k, const int8_t* q, const T* inverse_scale, T* a) {
+  const int64_t padded = round_up(k, kGroup);
+  for (int64_t r = 0; r < rows; ++r, q += padded, a += k) {
+    for (int64_t i = 0; i < k; ++i) a[i] = static_cast<T>(q[i]) * inverse_scale[r];
+  }
+}
+
+// ---- product ----
+
+/// The operands of ternary_gemm, from a tile's first row and first panel on.
+template <class T>
+struct Operands {
+  int64_t padded;
+  const int8_t* q;
+  const int32_t* row_sum;
+  const T* inverse_scale;
+  const uint8_t* packed;
+  T gamma;
+  T* y;
+  int64_t y_row;
+};
+
+template <class T>
+inline void store_scaled(T* y, Vec<int32_t> sum, T factor, int64_t width) {
+  typedef T Values __attribute__((vector_size(kOutputs * sizeof(T))));
+  const Values value = __builtin_convertvector(sum, Values) * factor;
+  if (width >= kOutputs) {
+    memcpy(y, &value, sizeof value);
+  } else {
+    memcpy(y, &value, static_cast<size_t>(width) * sizeof(T));
+  }
+}
+
+/// rows x (panels * kOutputs) results, of which the first `width` columns are stored.
+template <class T, int64_t rows, int64_t panels>
+void tile(const Operands<T>& o, int64_t width) {
+  Vec<int32_t> sum[rows][panels];
+#pragma GCC unroll 8
+  for (int64_t i = 0; i < rows; ++i) {
+#pragma GCC unroll 2
+    for (int64_t c = 0; c < panels; ++c) sum[i][c] = broadcast<int32_t>(-o.row_sum[i]);
+  }
+  for (int64_t begin = 0; begin < o.padded; begin += kDepth) {
+    const int64_t end = min_of(o.padded, begin + kDepth);
+    Vec<int16_t> part[rows][panels] = {};
+    for (int64_t p = begin; p < end; p += kGroup) {
+      Vec<int16_t> w[panels];
+#pragma GCC unroll 2
+      for (int64_t c = 0; c < panels; ++c) {
+        w[c] = (Vec<int16_t>)load(o.packed + (c * o.padded + p) * kOutputs);
+      }
+#pragma GCC unroll 8
+      for (int64_t i = 0; i < rows; ++i) {
+        int32_t four;
+        memcpy(&four, o.q + i * o.padded + p, sizeof four);
+        const Vec<int16_t> a = (Vec<int16_t>)broadcast(four);
+#pragma GCC unroll 2
+        for (int64_t c = 0; c < panels; ++c) part[i][c] += pair_products(w[c], a);
+      }
+    }
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < rows; ++i) {
+#pragma GCC unroll 2
+      for (int64_t c = 0; c < panels; ++c) sum[i][c] += pair_sums(part[i][c]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int64_t i = 0; i < rows; ++i) {
+    const T factor = o.gamma * o.inverse_scale[i];
+#pragma GCC unroll 2
+    for (int64_t c = 0; c < panels; ++c) {
+      store_scaled(o.y + i * o.y_row + c * kOutputs, sum[i][c], factor, width - c * kOutputs);
+    }
+  }
+}
+
+/// All m rows of one column of tiles: in tiles of `rows`, and what is left in tiles of half of that.
+template <class T, int64_t panels, int64_t rows = kTileRows>
+void column(int64_t m, Operands<T> o, int64_t width) {
+  for (; m >= rows; m -= rows) {
+    tile<T, rows, panels>(o, width);
+    o.q += rows * o.padded;
+    o.row_sum += rows;
+    o.inverse_scale += rows;
+    o.y += rows * o.y_row;
+  }
+  if constexpr (rows > 1) column<T, panels, rows / 2>(m, o, width);
+}
+
+template <class T>
+void gemm(int64_t m, int64_t n, int64_t k, const int8_t* q, const int32_t* row_sum, const T* inverse_scale,
+          const uint8_t* packed, T gamma, T* y, int64_t y_row) {
+  Operands<T> o = {round_up(k, kGroup), q, row_sum, inverse_scale, packed, gamma, y, y_row};
+  for (int64_t width = n; width > 0; width -= kTilePanels * kOutputs) {
+    width > kOutputs ? column<T, kTilePanels>(m, o, width) : column<T, 1>(m, o, width);
+    o.packed += kTilePanels * kOutputs * o.padded;
+    o.y += kTilePanels * kOutputs;
+  }
+}
+
+}  // namespace
+
+template <class T>
+void add_bit_linear(Table<T>& table) {
+  table.abs_sum = abs_sum<T>;
+  table.ternary_codes = ternary_codes<T>;
+  table.ternary_values = ternary_values<T>;
+  table.quantize_rows = quantize_rows<T>;
+  table.dequantize_rows = dequantize_rows<T>;
+  table.ternary_panel = kOutputs;
+  table.ternary_pack = pack;
+  table.ternary_gemm = gemm<T>;
+}
+template void add_bit_linear(Table<float>&);
+template void add_bit_linear(Table<double>&);
+
+}  // namespace flashlm::kernels::FLASHLM_ISA

@@ -1,0 +1,24 @@
+// SPDX-License-Identifier: Apache-2.0
+// What each kernel source gives to its level's table. FLASHLM_ISA is the level being compiled.
+#pragma once
+
+#include "ops/kernels/kernels.h"
+
+namespace flashlm::kernels::FLASHLM_ISA {
+
+template <class T>
+void add_bit_linear(Table<T>& table);
+template <class T>
+void add_causal_conv1d(Table<T>& table);
+template <class T>
+void add_cross_entropy(Table<T>& table);
+template <class T>
+void add_gated_conv(Table<T>& table);
+template <class T>
+void add_gemm(Table<T>& table);
+template <class T>
+void add_relu2_glu(Table<T>& table);
+template <class T>
+void add_rms_norm(Table<T>& table);
+
+}  // namespace flashlm::kernels::FLASHLM_ISA

@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: Apache-2.0
+// One level's tables, filled by the kernel sources compiled for the same level.
+#include "ops/kernels/families.h"
+
+namespace flashlm::kernels::FLASHLM_ISA {
+
+template <class T>
+static Table<T> make_table() {
+  Table<T> table{};
+  add_bit_linear(table);
+  add_causal_conv1d(table);
+  add_cross_entropy(table);
+  add_gated_conv(table);
+  add_gemm(table);
+  add_relu2_glu(table);
+  add_rms_norm(table);
+  return table;
+}
+
+const Table<float>& float_table() {
+  static const Table<float> table = make_table<float>();
+  return table;
+}
+
+const Table<double>& double_table() {
+  static const Table<double> table = make_table<double>();
+  return table;
+}
+
+}  // namespace flashlm::kernels::FLASHLM_ISA

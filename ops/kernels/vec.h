@@ -1,0 +1,150 @@
+// SPDX-License-Identifier: Apache-2.0
+// The vocabulary that kernels are written in: a vector of the widest registers of the level being compiled,
+// through the vector extension that GCC and Clang share. Only kernel sources include this, and everything in
+// it has internal linkage: a standard library template instantiated here could be linked into code for a
+// lesser CPU.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+namespace flashlm::kernels {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int64_t kVectorBytes = 64;
+constexpr int64_t kRegisters = 32;
+#elif defined(__AVX2__)
+constexpr int64_t kVectorBytes = 32;
+constexpr int64_t kRegisters = 16;
+#else
+constexpr int64_t kVectorBytes = 16;
+constexpr int64_t kRegisters = 16;
+#endif
+
+template <class T>
+struct VecOf {
+  typedef T type __attribute__((vector_size(kVectorBytes)));
+};
+template <class T>
+using Vec = typename VecOf<T>::type;
+
+template <class T>
+constexpr int64_t kLanes = kVectorBytes / static_cast<int64_t>(sizeof(T));
+
+template <class T>
+inline Vec<T> load(const T* p) {
+  Vec<T> v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class T>
+inline void store(T* p, Vec<T> v) {
+  memcpy(p, &v, sizeof v);
+}
+
+/// The first n < kLanes values, the rest zero.
+template <class T>
+inline Vec<T> load_first(const T* p, int64_t n) {
+  Vec<T> v = {};
+  memcpy(&v, p, static_cast<size_t>(n) * sizeof(T));
+  return v;
+}
+
+template <class T>
+inline void store_first(T* p, Vec<T> v, int64_t n) {
+  memcpy(p, &v, static_cast<size_t>(n) * sizeof(T));
+}
+
+/// As many of the first kLanes values as n allows, the rest zero; none if n <= 0.
+template <class T>
+inline Vec<T> load_up_to(const T* p, int64_t n) {
+  if (n >= kLanes<T>) return load(p);
+  return n > 0 ? load_first(p, n) : Vec<T>{};
+}
+
+template <class T>
+inline void store_up_to(T* p, Vec<T> v, int64_t n) {
+  if (n >= kLanes<T>) {
+    store(p, v);
+  } else if (n > 0) {
+    store_first(p, v, n);
+  }
+}
+
+/// Written as x - 0, which is x even for -0 and so costs no instruction beside the broadcast; 0 + x would.
+template <class T>
+inline Vec<T> broadcast(T x) {
+  return x - Vec<T>{};
+}
+
+template <class T>
+inline T reduce_add(Vec<T> v) {
+  T sum = 0;
+  for (int64_t i = 0; i < kLanes<T>; ++i) sum += v[i];
+  return sum;
+}
+
+template <class T>
+inline T reduce_max(Vec<T> v) {
+  T best = v[0];
+  for (int64_t i = 1; i < kLanes<T>; ++i) best = v[i] > best ? v[i] : best;
+  return best;
+}
+
+template <class T>
+inline Vec<T> vec_max(Vec<T> a, Vec<T> b) {
+  return a > b ? a : b;
+}
+
+template <class T>
+inline Vec<T> vec_min(Vec<T> a, Vec<T> b) {
+  return a < b ? a : b;
+}
+
+inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/// e^x. float: range reduction x = n ln 2 + r with |r| <= ln 2 / 2, then 1 + r + r^2 q(r) with the q of
+/// degree 4 that is nearest to e^r in relative error (4e-9, far below rounding), and n added to the exponent
+/// field. The result is right to 1.2e-7 of itself. The argument is clamped to [-87.3, 88.3], where the result
+/// is a normal float; so e^-inf is 1.2e-38 here, not 0. A NaN stays one: the clamp keeps its second operand
+/// when the comparison fails.
+inline Vec<float> vec_exp(Vec<float> x) {
+  x = vec_min<float>(broadcast(88.3f), vec_max<float>(broadcast(-87.3f), x));
+  const float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves round(x) in the low mantissa bits
+  const Vec<float> shifted = x * 1.44269504f + kRound;
+  const Vec<float> n = shifted - kRound;
+  const Vec<float> r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Vec<float> p = broadcast(1.381432e-3f);
+  p = p * r + 8.368851e-3f;
+  p = p * r + 4.16684e-2f;
+  p = p * r + 0.1666652f;
+  p = p * r + 0.49999994f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  Vec<int32_t> exponent, bits;
+  memcpy(&exponent, &shifted, sizeof exponent);
+  memcpy(&bits, &p, sizeof bits);
+  bits += exponent << 23;
+  memcpy(&p, &bits, sizeof p);
+  return p;
+}
+
+inline Vec<double> vec_exp(Vec<double> x) {
+  for (int64_t i = 0; i < kLanes<double>; ++i) x[i] = exp(x[i]);
+  return x;
+}
+
+/// 1 / (1 + e^-x)
+template <class T>
+inline Vec<T> vec_sigmoid(Vec<T> x) {
+  return T(1) / (T(1) + vec_exp(-x));
+}
+
+inline float square_root(float x) { return sqrtf(x); }
+inline double square_root(double x) { return sqrt(x); }
+
+}  // namespace
+}  // namespace flashlm::kernels

@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <tuple>
+
+namespace flashlm {
+
+/// Output layer and cross-entropy in one, without the (N, V) matrix of logits. With z = h · weightᵀ + bias,
+/// and for each of the N positions y its target and lse = log Σⱼ exp zⱼ:
+///   nll  = lse - z_y                                                        = -log p(y), in nats
+///   loss = (1 - label_smoothing) nll + label_smoothing (lse - meanⱼ zⱼ) + z_loss lse²
+/// Gradient of the loss in the logits: (1 + 2 z_loss lse) pⱼ - (1 - label_smoothing) [j = y] -
+/// label_smoothing/V.
+///
+///   h        (..., D)  float32, bfloat16 or float64, any strides
+///   weight   (V, D)    same dtype
+///   bias     (V)       same dtype, or none
+///   target   (...)     int64, h's leading dimensions; ignore_index leaves a position out
+///   returns  loss, differentiable in h, weight and bias; and nll, which is not, for reporting: it means the
+///            same whatever the smoothing. "mean" (over the positions not ignored; nan if there are none) and
+///            "sum" give scalars, "none" gives (...) with 0 at ignored positions. float64 for float64 inputs,
+///            else float32: a bfloat16 loss near 10 would be rounded to steps of 0.06.
+///
+/// The vocabulary is cut into blocks of 256 words, and those into at most S = 32 slabs, the tasks of the
+/// threads: the results do not depend on their number. The forward pass keeps a running log-sum-exp per
+/// position; the backward pass computes each block's logits again (as Wijmans et al. 2024, arXiv 2411.09009;
+/// Liger Kernel, arXiv 2410.10989, goes by rows instead) and multiplies their gradient on while it is in
+/// cache. Extra memory, in values of 4 bytes (8 for float64), with P threads:
+///   forward   3 S N + 256 P (D + 272)
+///   backward  (S + 1) · 512 D + 256 P (2 D + 272), beside the gradients themselves
+/// and N D more for a copy of h if positions are ignored. bfloat16 is computed in float32, on copies of h and
+/// weight. Double backward is refused.
+///
+/// Errors: wrong dtypes, shapes that do not fit, V = 0, a target outside [0, V) that is not ignore_index,
+/// label_smoothing outside [0, 1), z_loss < 0, another reduction.
+/// Schema: flashlm::linear_cross_entropy(Tensor h, Tensor weight, Tensor? bias, Tensor target, *,
+///   float label_smoothing=0., float z_loss=0., int ignore_index=-100, str reduction="mean")
+///   -> (Tensor loss, Tensor nll)
+std::tuple<at::Tensor, at::Tensor> linear_cross_entropy(const at::Tensor& h, const at::Tensor& weight,
+                                                        const std::optional<at::Tensor>& bias,
+                                                        const at::Tensor& target, double label_smoothing = 0,
+                                                        double z_loss = 0, int64_t ignore_index = -100,
+                                                        c10::string_view reduction = "mean");
+
+}  // namespace flashlm

@@ -1,0 +1,10 @@
+// SPDX-License-Identifier: Apache-2.0
+// All operators of libflashlm_ops.
+#pragma once
+
+#include "ops/bit_linear.h"
+#include "ops/causal_conv1d.h"
+#include "ops/gated_conv.h"
+#include "ops/linear_cross_entropy.h"
+#include "ops/relu2_glu.h"
+#include "ops/rms_norm.h"

@@ -1,0 +1,209 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "ops/gated_conv.h"
+#include "tests/ops/check.h"
+#include "tests/ops/conv_cases.h"
+#include "tests/ops/reference.h"
+
+using namespace flashlm;
+using namespace flashlm::testing;
+
+namespace {
+
+/// x, norm_scale, gate_weight, value_weight and history.
+Tensors inputs_of(const Conv& conv, int64_t batch, int64_t time, at::ScalarType dtype = at::kFloat) {
+  const std::vector<int64_t> weight = conv.weight_shape();
+  // Weights of variance 1 / inputs: gates neither shut nor wide open.
+  const double std = 1 / std::sqrt(static_cast<double>(weight[1] * weight[2]));
+  return {randn({batch, time, conv.width}, dtype), randn({conv.width}, dtype, 1),
+          randn(weight, dtype, 2) * std, randn(weight, dtype, 3) * std,
+          randn({batch, conv.reach(), conv.width}, dtype, 4)};
+}
+
+Tensors with_gradients(Tensors inputs) {
+  for (at::Tensor& t : inputs) t.requires_grad_();
+  return inputs;
+}
+
+/// inputs[4], if there, is the history.
+std::optional<at::Tensor> history_of(const Tensors& inputs) {
+  return inputs.size() > 4 ? std::optional<at::Tensor>(inputs[4]) : std::nullopt;
+}
+
+at::Tensor run(const Tensors& t, const Conv& conv, double eps = 1e-6) {
+  return gated_conv(t[0], t[1], t[2], t[3], history_of(t), conv.dilation, conv.groups, eps);
+}
+
+at::Tensor run_reference(const Tensors& t, const Conv& conv, double eps = 1e-6) {
+  return reference::gated_conv(t[0], t[1], t[2], t[3], history_of(t), conv.dilation, conv.groups, eps);
+}
+
+}  // namespace
+
+TEST_CASE("gated_conv equals its reference for any length, group, stride and dtype", "[gated_conv]") {
+  const auto dtype = GENERATE(at::kFloat, at::kDouble, at::kBFloat16);
+  const auto conv = GENERATE(from_range(kConvs));
+  const double tolerance = dtype == at::kDouble ? 1e-14 : dtype == at::kFloat ? 2e-6 : 8e-3;
+  for (int64_t time : {1, 2, 3, 63, 64, 65, 200}) {
+    const int64_t batch = 1 + time % 3;
+    INFO(conv << " T " << time << " B " << batch << " dtype " << dtype);
+    Tensors inputs = inputs_of(conv, batch, time, dtype), sliced, wide;
+    for (const at::Tensor& t : inputs) {
+      sliced.push_back(strided(t));
+      // bfloat16 is computed in float32 and rounded once; the reference does the same.
+      wide.push_back(dtype == at::kBFloat16 ? t.to(at::kFloat) : t);
+    }
+    const at::Tensor want = run_reference(wide, conv).to(dtype);
+    require_close(run(inputs, conv), want, tolerance);
+    require_close(run(sliced, conv), want, tolerance);
+    inputs.pop_back();
+    wide.pop_back();
+    const at::Tensor alone = run(inputs, conv);
+    require_close(alone, run_reference(wide, conv).to(dtype), tolerance);
+    inputs.push_back(torch::zeros({batch, conv.reach(), conv.width}, inputs[0].options()));
+    REQUIRE(at::equal(run(inputs, conv), alone));
+  }
+}
+
+TEST_CASE("gated_conv of nothing is nothing, with zero gradients", "[gated_conv]") {
+  const Conv conv = {6, 2, 3, 2};
+  for (const auto& [batch, time] : {std::pair<int64_t, int64_t>{0, 5}, {2, 0}}) {
+    const Tensors inputs = with_gradients(inputs_of(conv, batch, time));
+    REQUIRE(run(inputs, conv).sizes() == inputs[0].sizes());
+    const Tensors grads = gradients([&](const Tensors& t) { return run(t, conv); }, inputs);
+    for (size_t i = 0; i < inputs.size(); ++i) require_equal(grads[i], torch::zeros_like(inputs[i]));
+  }
+}
+
+TEST_CASE("gated_conv in pieces equals the whole bit for bit", "[gated_conv]") {
+  const auto conv = GENERATE(from_range(kConvs));
+  INFO(conv);
+  const Tensors inputs = inputs_of(conv, 2, conv.reach() + 150);
+  const at::Tensor all = inputs[0];
+  const auto piece = [&](int64_t begin, int64_t end) {
+    return run({all.slice(1, begin, end), inputs[1], inputs[2], inputs[3],
+                all.slice(1, begin - conv.reach(), begin)},
+               conv);
+  };
+  const at::Tensor whole = piece(conv.reach(), all.size(1));
+  for (int64_t longest : {1, 7, 40, 149}) {
+    const std::vector<int64_t> cuts = random_cuts(150, longest);
+    Tensors pieces;
+    for (size_t i = 1; i < cuts.size(); ++i) {
+      pieces.push_back(piece(conv.reach() + cuts[i - 1], conv.reach() + cuts[i]));
+    }
+    INFO("longest piece " << longest);
+    REQUIRE(at::equal(torch::cat(pieces, 1), whole));
+  }
+}
+
+TEST_CASE("gated_conv does not see what comes later", "[gated_conv]") {
+  const auto conv = GENERATE(from_range(kConvs));
+  INFO(conv);
+  Tensors inputs = inputs_of(conv, 2, 130);
+  const at::Tensor y = run(inputs, conv), x = inputs[0];
+  for (int64_t t : {0, 5, 63, 64, 128}) {
+    inputs[0] = x.clone();
+    inputs[0].slice(1, t + 1).fill_(NAN);
+    const at::Tensor z = run(inputs, conv);
+    REQUIRE(at::equal(y.slice(1, 0, t + 1), z.slice(1, 0, t + 1)));
+    REQUIRE(z.slice(1, t + 1, t + 2).isnan().all().item<bool>());
+  }
+}
+
+TEST_CASE("gated_conv gradients", "[gated_conv]") {
+  for (const Conv& conv : {Conv{6, 2, 3, 2}, Conv{4, 4, 2, 7}, Conv{5, 1, 1, 1}}) {
+    INFO(conv);
+    Tensors inputs = with_gradients(inputs_of(conv, 2, 5, at::kDouble));
+    const auto f = [&](const Tensors& t) { return run(t, conv, 1e-3); };
+    require_gradients_match(f, inputs);
+    inputs.pop_back();
+    require_gradients_match(f, inputs);
+  }
+}
+
+TEST_CASE("gated_conv gradients equal autograd's in float32", "[gated_conv]") {
+  const auto conv = GENERATE(from_range(kConvs));
+  const bool with_history = GENERATE(false, true);
+  INFO(conv << " history " << with_history);
+  Tensors inputs = with_gradients(inputs_of(conv, 3, 150));
+  if (!with_history) inputs.pop_back();
+  const Tensors got = gradients(
+      [&](const Tensors& t) {
+        Tensors sliced = t;
+        sliced[0] = strided(t[0]);
+        return run(sliced, conv);
+      },
+      inputs);
+  const Tensors want = gradients([&](const Tensors& t) { return run_reference(t, conv); }, inputs);
+  for (size_t i = 0; i < got.size(); ++i) {
+    INFO("input " << i);
+    require_close(got[i], want[i], 4e-6);
+  }
+}
+
+TEST_CASE("gated_conv does not depend on the number of threads", "[gated_conv]") {
+  const Conv conv = {64, 4, 4, 16};
+  require_same_for_any_threads([&] {
+    const Tensors inputs = with_gradients(inputs_of(conv, 3, 300));
+    const auto f = [&](const Tensors& t) { return run(t, conv); };
+    Tensors out = gradients(f, inputs);
+    out.push_back(f(inputs).detach());
+    return out;
+  });
+}
+
+TEST_CASE("gated_conv refuses wrong arguments in words", "[gated_conv]") {
+  const at::Tensor x = randn({2, 5, 8}), scale = randn({8}), weight = randn({8, 2, 3});
+  require_error([&] { gated_conv(x[0], scale, weight, weight); },
+                "gated_conv: x must have 3 dimensions, got 2");
+  require_error([&] { gated_conv(x.to(at::kInt), scale, weight, weight); },
+                "gated_conv: x must be float32, bfloat16 or float64, got Int");
+  require_error([&] { gated_conv(x, scale.to(at::kDouble), weight, weight, {}, 1, 4); },
+                "gated_conv: norm_scale must have x's dtype Float, got Double");
+  require_error([&] { gated_conv(x, randn({5}), weight, weight, {}, 1, 4); },
+                "gated_conv: norm_scale's size must be 8, got 5");
+  require_error(
+      [&] {
+        gated_conv(x, randn({8, 1}), weight, weight, {}, 1, 4);
+      },
+      "gated_conv: norm_scale must have 1 dimension, got 2");
+  require_error(
+      [&] {
+        gated_conv(x, scale, randn({8, 4, 3}), weight, {}, 1, 4);
+      },
+      "gated_conv: gate_weight must be (D, D/groups, K) = (8, 2, any), got (8, 4, 3)");
+  require_error(
+      [&] {
+        gated_conv(x, scale, weight, randn({8, 2, 4}), {}, 1, 4);
+      },
+      "gated_conv: value_weight must be (D, D/groups, K) = (8, 2, 3), got (8, 2, 4)");
+  require_error([&] { gated_conv(x, scale, weight, weight.to(at::kDouble), {}, 1, 4); },
+                "gated_conv: value_weight must have x's dtype Float, got Double");
+  require_error(
+      [&] {
+        gated_conv(x, scale, randn({8, 2, 0}), randn({8, 2, 0}), {}, 1, 4);
+      },
+      "gated_conv: gate_weight must have K >= 1 taps, got 0");
+  require_error([&] { gated_conv(x, scale, weight, weight, {}, 1, 3); },
+                "gated_conv: groups must divide D = 8, got 3");
+  require_error([&] { gated_conv(x, scale, weight, weight, {}, 1, 0); },
+                "gated_conv: groups must be >= 1, got 0");
+  require_error([&] { gated_conv(x, scale, weight, weight, {}, 0, 4); },
+                "gated_conv: dilation must be in 1..2147483647, got 0");
+  require_error(
+      [&] {
+        gated_conv(x, scale, weight, weight, randn({2, 5, 8}), 3, 4);
+      },
+      "gated_conv: history must be (B, (K-1)*dilation, D) = (2, 6, 8), got (2, 5, 8)");
+  require_error([&] { gated_conv(x, scale, weight, weight, {}, 1, 4, -1); },
+                "gated_conv: eps must be >= 0, got -1");
+}
+
+TEST_CASE("gated_conv refuses double backward in words", "[gated_conv]") {
+  const Conv conv = {8, 4, 3, 2};
+  const Tensors inputs = with_gradients(inputs_of(conv, 2, 5));
+  const at::Tensor g =
+      torch::autograd::grad({run(inputs, conv).square().sum()}, {inputs[0]}, {}, true, true)[0];
+  require_error([&] { g.sum().backward(); },
+                "derivative for flashlm::_gated_conv_backward is not implemented");
+}

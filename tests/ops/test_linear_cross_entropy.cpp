@@ -1,0 +1,331 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <c10/core/CPUAllocator.h>
+
+#include <atomic>
+
+#include "ops/linear_cross_entropy.h"
+#include "tests/ops/check.h"
+#include "tests/ops/reference.h"
+
+using namespace flashlm;
+using namespace flashlm::testing;
+
+namespace {
+
+struct Options {
+  double label_smoothing = 0;
+  double z_loss = 0;
+  int64_t ignore_index = -100;
+  std::string reduction = "mean";
+};
+
+/// Words in [0, vocabulary), about one in five replaced by ignore_index if that is asked for.
+at::Tensor targets(at::IntArrayRef shape, int64_t vocabulary, const Options& options, bool ignore = true) {
+  auto generator = at::make_generator<at::CPUGeneratorImpl>(5);
+  at::Tensor y = torch::randint(vocabulary, shape, generator, at::TensorOptions(at::kLong));
+  if (!ignore) return y;
+  const at::Tensor dropped = torch::randint(5, shape, generator, at::TensorOptions(at::kLong)) == 0;
+  return at::where(dropped, options.ignore_index, y);
+}
+
+/// h, weight and bias (undefined if not wanted) that all require gradients.
+Tensors parameters(std::vector<int64_t> shape, int64_t vocabulary, int64_t width, bool bias,
+                   at::ScalarType dtype) {
+  shape.push_back(width);
+  const double scale = 1 / std::sqrt(static_cast<double>(width));
+  Tensors out = {randn(shape, at::kDouble), randn({vocabulary, width}, at::kDouble, 1) * 2 * scale,
+                 bias ? randn({vocabulary}, at::kDouble, 2) : at::Tensor()};
+  for (auto& t : out) {
+    if (t.defined()) t = t.to(dtype).requires_grad_();
+  }
+  return out;
+}
+
+std::optional<at::Tensor> optional(const at::Tensor& t) {
+  return t.defined() ? std::optional<at::Tensor>(t) : std::nullopt;
+}
+
+std::tuple<at::Tensor, at::Tensor> run(const Tensors& t, const at::Tensor& target, const Options& o) {
+  return linear_cross_entropy(t[0], t[1], optional(t[2]), target, o.label_smoothing, o.z_loss, o.ignore_index,
+                              o.reduction);
+}
+
+std::tuple<at::Tensor, at::Tensor> run_reference(const Tensors& t, const at::Tensor& target,
+                                                 const Options& o) {
+  return reference::linear_cross_entropy(t[0], t[1], optional(t[2]), target, o.label_smoothing, o.z_loss,
+                                         o.ignore_index, o.reduction);
+}
+
+Tensors map(const Tensors& in, const std::function<at::Tensor(const at::Tensor&)>& f) {
+  Tensors out;
+  for (const auto& t : in) out.push_back(t.defined() ? f(t) : t);
+  return out;
+}
+
+/// Loss, nll and gradients equal those of the reference in double; so do they behind awkward strides.
+void require_equals_reference(const Tensors& inputs, const at::Tensor& target, const Options& options,
+                              double loss_tolerance, double grad_tolerance) {
+  const auto dtype = inputs[0].scalar_type();
+  const auto loss_dtype = dtype == at::kDouble ? at::kDouble : at::kFloat;
+  const Tensors exact =
+      map(inputs, [](const at::Tensor& t) { return t.detach().to(at::kDouble).requires_grad_(); });
+  const auto [want_loss, want_nll] = run_reference(exact, target, options);
+  for (const Tensors& in : {inputs, map(inputs, strided)}) {
+    const auto [loss, nll] = run(in, in[0].is_contiguous() ? target : strided(target), options);
+    require_close(loss, want_loss.to(loss_dtype), loss_tolerance);
+    require_close(nll, want_nll.to(loss_dtype), loss_tolerance);
+    REQUIRE(loss.requires_grad());
+    REQUIRE_FALSE(nll.requires_grad());
+  }
+  const Tensors got = gradients(
+      [&](const Tensors& t) { return std::get<0>(run(map(t, strided), target, options)).to(at::kDouble); },
+      inputs);
+  const Tensors want =
+      gradients([&](const Tensors& t) { return std::get<0>(run_reference(t, target, options)); }, exact);
+  REQUIRE(got.size() == want.size());
+  for (size_t i = 0; i < got.size(); ++i) {
+    INFO("gradient " << i);
+    require_close(got[i], want[i].to(dtype), grad_tolerance);
+  }
+}
+
+/// Counts the bytes that tensors hold while it lives.
+class PeakMemory final : public at::Allocator {
+ public:
+  PeakMemory() : inner_(c10::GetCPUAllocator()) {
+    live_ = 0;
+    peak_ = 0;
+    c10::SetCPUAllocator(this);
+  }
+  ~PeakMemory() override { c10::SetCPUAllocator(inner_); }
+  int64_t bytes() const { return peak_; }
+
+  at::DataPtr allocate(size_t n) override {
+    const int64_t now = live_ += static_cast<int64_t>(n);
+    for (int64_t seen = peak_; now > seen && !peak_.compare_exchange_weak(seen, now);) {
+    }
+    auto* block = new Block{inner_->allocate(n), static_cast<int64_t>(n)};
+    return {block->memory.get(), block, &release, at::kCPU};
+  }
+  void copy_data(void* to, const void* from, size_t n) const override { default_copy_data(to, from, n); }
+
+ private:
+  struct Block {
+    at::DataPtr memory;
+    int64_t size;
+  };
+  static void release(void* block) {
+    live_ -= static_cast<Block*>(block)->size;
+    delete static_cast<Block*>(block);
+  }
+  at::Allocator* inner_;
+  // Static: tensors may outlive the object.
+  static inline std::atomic<int64_t> live_, peak_;
+};
+
+}  // namespace
+
+TEST_CASE("linear_cross_entropy equals its reference around its blocks", "[linear_cross_entropy]") {
+  // Every size with every width; the options cycle at different periods so that all pairs of them occur.
+  int64_t k = 0;
+  for (int64_t positions : {1, 5, 257, 1030}) {
+    for (int64_t vocabulary : {1, 2, 17, 256, 1000}) {
+      for (int64_t width : {1, 7, 64}) {
+        const Options options{k % 4 < 2 ? 0 : 0.1, k % 3 == 0 ? 0 : 1e-2, k % 5 == 0 ? vocabulary / 2 : -100,
+                              std::vector<std::string>{"mean", "sum", "none"}[k % 3]};
+        const bool bias = k % 2 == 0;
+        INFO("N " << positions << " V " << vocabulary << " D " << width << " bias " << bias << " smoothing "
+                  << options.label_smoothing << " z_loss " << options.z_loss << " ignore_index "
+                  << options.ignore_index << " reduction " << options.reduction);
+        const at::Tensor y = targets({positions}, vocabulary, options, k % 7 != 0);
+        // All ignored: 0 / 0 and no gradient to compare.
+        const bool any = (y != options.ignore_index).any().item<bool>();
+        if (any || options.reduction != "mean") {
+          require_equals_reference(parameters({positions}, vocabulary, width, bias, at::kFloat), y, options,
+                                   4e-6, 1e-5);
+        }
+        ++k;
+      }
+    }
+  }
+}
+
+TEST_CASE("linear_cross_entropy in every dtype, over GPT-2's vocabulary", "[linear_cross_entropy]") {
+  const Options options{0.1, 1e-3, -1, "mean"};
+  const at::Tensor y = targets({2, 3}, 50257, options);
+  require_equals_reference(parameters({2, 3}, 50257, 7, true, at::kFloat), y, options, 2e-6, 1e-5);
+  require_equals_reference(parameters({2, 3}, 50257, 7, false, at::kDouble), y, options, 1e-13, 1e-13);
+  // Gradients are rounded to bfloat16, the loss is not.
+  require_equals_reference(parameters({2, 3}, 50257, 7, true, at::kBFloat16), y, options, 2e-6, 8e-3);
+}
+
+TEST_CASE("linear_cross_entropy takes any leading dimensions", "[linear_cross_entropy]") {
+  const auto shape = GENERATE(std::vector<int64_t>{}, std::vector<int64_t>{3}, std::vector<int64_t>{2, 3, 5});
+  const auto reduction = GENERATE("mean", "sum", "none");
+  const Options options{0.1, 0, -100, reduction};
+  const at::Tensor y = targets(shape, 300, options, /*ignore=*/shape.size() > 1);
+  require_equals_reference(parameters(shape, 300, 9, true, at::kDouble), y, options, 1e-13, 1e-13);
+}
+
+TEST_CASE("linear_cross_entropy of no positions", "[linear_cross_entropy]") {
+  const Tensors inputs = parameters({4}, 6, 3, true, at::kFloat);
+  const at::Tensor all_ignored = at::full({4}, -100, at::kLong);
+  for (const bool empty : {true, false}) {
+    const Tensors in = {empty ? inputs[0].detach().slice(0, 0, 0).requires_grad_() : inputs[0], inputs[1],
+                        inputs[2]};
+    const at::Tensor y = empty ? all_ignored.slice(0, 0, 0) : all_ignored;
+    const auto [mean, mean_nll] = run(in, y, {});
+    REQUIRE((mean.isnan().item<bool>() && mean_nll.isnan().item<bool>()));
+    require_equal(std::get<1>(run(in, y, {0, 0, -100, "none"})), at::zeros({y.size(0)}));
+    const auto [sum, sum_nll] = run(in, y, {0, 0, -100, "sum"});
+    require_equal(sum, at::zeros({}));
+    require_equal(sum_nll, at::zeros({}));
+    const Tensors grads = torch::autograd::grad({sum}, in);
+    for (size_t i = 0; i < 3; ++i) require_equal(grads[i], at::zeros_like(in[i]));
+  }
+}
+
+TEST_CASE("linear_cross_entropy equals torch's linear and cross_entropy", "[linear_cross_entropy]") {
+  namespace F = torch::nn::functional;
+  const Tensors inputs = parameters({70}, 600, 32, true, at::kFloat);
+  const Options options{0.2, 0, -100, "mean"};
+  const at::Tensor y = targets({70}, 600, options);
+  const auto torchs = [&](const Tensors& t, double label_smoothing) {
+    return F::cross_entropy(F::linear(t[0], t[1], t[2]), y,
+                            F::CrossEntropyFuncOptions().label_smoothing(label_smoothing));
+  };
+  const auto [loss, nll] = run(inputs, y, options);
+  require_close(loss, torchs(inputs, 0.2), 1e-6);
+  require_close(nll, torchs(inputs, 0), 1e-6);
+  const Tensors got = gradients([&](const Tensors& t) { return std::get<0>(run(t, y, options)); }, inputs);
+  const Tensors want = gradients([&](const Tensors& t) { return torchs(t, 0.2); }, inputs);
+  for (size_t i = 0; i < 3; ++i) require_close(got[i], want[i], 1e-5);
+}
+
+TEST_CASE("linear_cross_entropy gradients", "[linear_cross_entropy]") {
+  const auto reduction = GENERATE("mean", "sum", "none");
+  const auto shape = GENERATE(std::vector<int64_t>{5}, std::vector<int64_t>{2, 3});
+  const bool bias = GENERATE(true, false);
+  const Options options{0.1, 0.05, 2, reduction};
+  const at::Tensor y = targets(shape, 11, options);
+  require_gradients_match([&](const Tensors& t) { return std::get<0>(run(t, y, options)); },
+                          parameters(shape, 11, 3, bias, at::kDouble));
+}
+
+TEST_CASE("linear_cross_entropy computes only the gradients that are asked for", "[linear_cross_entropy]") {
+  const Tensors inputs = parameters({6}, 300, 5, true, at::kFloat);
+  const at::Tensor y = targets({6}, 300, {});
+  const auto loss = [&](const Tensors& t) { return std::get<0>(run(t, y, {})); };
+  const Tensors all = gradients(loss, inputs);
+  for (size_t i = 0; i < 3; ++i) {
+    Tensors one = map(inputs, [](const at::Tensor& t) { return t.detach(); });
+    one[i].requires_grad_();
+    const Tensors got = gradients(loss, one);
+    REQUIRE(got.size() == 1);
+    require_equal(got[0], all[i]);
+  }
+  const Tensors frozen = map(inputs, [](const at::Tensor& t) { return t.detach(); });
+  REQUIRE_FALSE(loss(frozen).requires_grad());
+}
+
+TEST_CASE("linear_cross_entropy is finite and right at large logits", "[linear_cross_entropy]") {
+  const double size = GENERATE(80.0, 3e4);
+  // One logit of +size and the rest -size; the target is that word, and another one.
+  const at::Tensor weight = at::full({700, 1}, -size, at::kFloat);
+  weight[650].fill_(size);
+  const Tensors inputs = {at::ones({2, 1}).requires_grad_(), weight.requires_grad_(), at::Tensor()};
+  const at::Tensor y = at::tensor(std::vector<int64_t>{650, 3});
+  const auto [loss, nll] = run(inputs, y, {0, 0, -100, "none"});
+  REQUIRE(loss[0].item<float>() == 0);
+  REQUIRE(loss[1].item<double>() == 2 * size);
+  require_equals_reference(inputs, y, {0.1, 1e-3, -100, "sum"}, 1e-6, 4e-6);
+}
+
+TEST_CASE("linear_cross_entropy: words masked by -inf, and NaN that is not hidden",
+          "[linear_cross_entropy]") {
+  Tensors inputs =
+      map(parameters({4}, 600, 3, true, at::kFloat), [](const at::Tensor& t) { return t.detach(); });
+  const at::Tensor y = at::full({4}, 500, at::kLong);
+  inputs[2].slice(0, 0, 400).fill_(-INFINITY);  // more than one whole block
+  const Tensors kept = {inputs[0], inputs[1].slice(0, 400), inputs[2].slice(0, 400)};
+  require_close(std::get<0>(run(inputs, y, {})), std::get<0>(run(kept, y - 400, {})), 1e-6);
+  inputs[1][450].fill_(NAN);
+  REQUIRE(std::get<0>(run(inputs, y, {})).isnan().item<bool>());
+}
+
+TEST_CASE("linear_cross_entropy does not depend on the number of threads", "[linear_cross_entropy]") {
+  const Tensors inputs = parameters({600}, 3000, 24, true, at::kFloat);
+  const Options options{0.1, 1e-3, -100, "mean"};
+  const at::Tensor y = targets({600}, 3000, options);
+  require_same_for_any_threads([&] {
+    Tensors out = gradients([&](const Tensors& t) { return std::get<0>(run(t, y, options)); }, inputs);
+    const auto [loss, nll] = run(inputs, y, options);
+    out.push_back(loss.detach());
+    out.push_back(nll);
+    return out;
+  });
+}
+
+TEST_CASE("linear_cross_entropy never holds the logits", "[linear_cross_entropy]") {
+  constexpr int64_t kPositions = 2048, kWords = 20000, kWidth = 16, kSlabs = 32;
+  const Tensors inputs = parameters({kPositions}, kWords, kWidth, true, at::kFloat);
+  const at::Tensor y = targets({kPositions}, kWords, {}, /*ignore=*/false);
+  const int64_t threads = at::get_num_threads();
+  // The header's formulas, and room for what is (N) or (V).
+  constexpr int64_t kSmall = 16 * (kPositions + kWords);
+  const int64_t forward = 4 * (3 * kSlabs * kPositions + 256 * threads * (kWidth + 272));
+  const int64_t backward = 4 * ((kSlabs + 1) * 512 * kWidth + 256 * threads * (2 * kWidth + 272));
+  const int64_t grads = 4 * (kPositions + kWords + 1) * kWidth;
+  at::Tensor loss;
+  {
+    PeakMemory peak;
+    loss = std::get<0>(run(inputs, y, {}));
+    REQUIRE(peak.bytes() > 0);
+    REQUIRE(peak.bytes() < forward + kSmall);
+  }
+  {
+    PeakMemory peak;
+    loss.backward();
+    REQUIRE(peak.bytes() > grads);
+    REQUIRE(peak.bytes() < backward + grads + kSmall);
+  }
+  REQUIRE(forward + backward + grads + 2 * kSmall < kPositions * kWords * 4 / 10);
+}
+
+TEST_CASE("linear_cross_entropy refuses wrong arguments in words", "[linear_cross_entropy]") {
+  const at::Tensor h = randn({3, 4}), weight = randn({6, 4}), bias = randn({6});
+  const at::Tensor y = at::tensor(std::vector<int64_t>{0, 5, 2});
+  const auto fails = [](const Tensors& t, const at::Tensor& target, const Options& options,
+                        const std::string& words) {
+    require_error([&] { run(t, target, options); }, "linear_cross_entropy: " + words);
+  };
+  fails({h.to(at::kInt), weight, bias}, y, {}, "h must be float32, bfloat16 or float64, got Int");
+  fails({h, weight.to(at::kDouble), bias}, y, {}, "weight must have h's dtype Float, got Double");
+  fails({h, weight, bias.to(at::kDouble)}, y, {}, "bias must have h's dtype Float, got Double");
+  fails({at::scalar_tensor(1.0), weight, bias}, y, {}, "h must have at least 1 dimension, got 0");
+  fails({h, weight[0], bias}, y, {}, "weight must have 2 dimensions, got 1");
+  fails({h, randn({6, 5}), bias}, y, {}, "weight's last dimension must be 4, got 5");
+  fails({h, randn({0, 4}), bias}, y, {}, "weight must have at least 1 row, got 0");
+  fails({h, weight, randn({6, 1})}, y, {}, "bias must have 1 dimension, got 2");
+  fails({h, weight, randn({7})}, y, {}, "bias's size must be 6, got 7");
+  fails({h, weight, bias}, y.to(at::kInt), {}, "target must be int64, got Int");
+  fails({h, weight, bias}, y.slice(0, 1), {}, "target's shape must be h's leading dimensions [3], got [2]");
+  fails({h, weight, bias}, y.unsqueeze(0), {},
+        "target's shape must be h's leading dimensions [3], got [1, 3]");
+  fails({h, weight, bias}, y + 1, {},
+        "target must be in [0, V) = [0, 6) or ignore_index -100, got 6 at position 1");
+  fails({h, weight, bias}, y - 1, {-0.0, 0, -7},
+        "target must be in [0, V) = [0, 6) or ignore_index -7, got -1 at position 0");
+  fails({h, weight, bias}, y, {-0.1}, "label_smoothing must be in [0, 1), got -0.1");
+  fails({h, weight, bias}, y, {1}, "label_smoothing must be in [0, 1), got 1");
+  fails({h, weight, bias}, y, {0, -1}, "z_loss must be >= 0, got -1");
+  fails({h, weight, bias}, y, {0, 0, -100, "avg"}, "reduction must be mean, sum or none, got 'avg'");
+}
+
+TEST_CASE("linear_cross_entropy refuses double backward in words", "[linear_cross_entropy]") {
+  const Tensors inputs = parameters({3}, 6, 4, true, at::kFloat);
+  const at::Tensor loss = std::get<0>(run(inputs, targets({3}, 6, {}, false), {}));
+  const at::Tensor g = torch::autograd::grad({loss.square()}, {inputs[0]}, {}, true, true)[0];
+  require_error([&] { g.sum().backward(); },
+                "derivative for flashlm::_linear_cross_entropy_backward is not implemented");
+}
