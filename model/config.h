@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a FlashLM is made of: one struct, in which each setting is declared once with its name and its
+// meaning.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace flashlm {
+
+/// Symbols: D d_model, H d_inner, V vocab_size, K kernel_size, G groups.
+struct ModelConfig {
+  int64_t vocab_size = 50257;
+  int64_t d_model = 256;
+  int64_t d_inner = 683;
+  int64_t layers = 1;
+  int64_t recursions = 2;
+  int64_t kernel_size = 4;
+  int64_t groups = 16;
+  std::vector<int64_t> dilations = {1, 4, 64};
+  std::string quantizer = "threshold";
+  std::string activation = "none";
+  double norm_eps = 1e-8;
+  double embedding_std = 0.02;
+  double embedding_scale = 1.0;
+  bool router = true;
+
+  /// Calls visitor(name, field, help) for every setting: the one list behind flags, TOML keys and saved
+  /// files.
+  template <class Visitor>
+  void visit(Visitor&& visitor) {
+    visitor("vocab-size", vocab_size, "V, entries of the vocabulary; prepared data brings its own");
+    visitor("d-model", d_model, "D, width of the residual stream");
+    visitor("d-inner", d_inner, "H, width inside the gated linear unit");
+    visitor("layers", layers, "blocks with weights of their own");
+    visitor("recursions", recursions, "times that the stack of blocks is run over, with the same weights");
+    visitor("kernel-size", kernel_size, "K, taps of each causal convolution");
+    visitor("groups", groups, "G, groups of each causal convolution");
+    visitor("dilations", dilations, "dilation of each gated convolution of a mixer, in order");
+    visitor("quantizer", quantizer,
+            "ternary weights: 'absmean' (scaled, BitNet b1.58) or 'threshold' (unscaled, v3)");
+    visitor("activation", activation, "input of ternary layers: 'int8' (per row) or 'none' (float, v3)");
+    visitor("norm-eps", norm_eps, "epsilon of every RMSNorm");
+    visitor("embedding-std", embedding_std, "standard deviation of the embedding table at the start");
+    visitor("embedding-scale", embedding_scale,
+            "factor on looked-up embeddings (not on the tied output layer)");
+    visitor("router", router,
+            "v3's router, which nothing reads: only to count and load parameters as v3 does");
+  }
+
+  /// Throws Error naming the first setting that cannot be.
+  void validate() const;
+};
+
+/// As a JSON object, the form stored with the weights.
+std::string to_json(const ModelConfig& config);
+ModelConfig model_config_from_json(const std::string& json);
+
+}  // namespace flashlm

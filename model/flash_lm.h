@@ -1,0 +1,75 @@
+// SPDX-License-Identifier: Apache-2.0
+// The language model: embedding, a stack of blocks run over one or more times, RMSNorm, tied output layer.
+#pragma once
+
+#include <torch/nn/module.h>
+#include <torch/nn/pimpl.h>
+
+#include <filesystem>
+#include <map>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "model/config.h"
+#include "model/layers.h"
+
+namespace flashlm {
+
+/// What a model remembers of the tokens it has seen: for every recursion, block and dilation, in that order,
+/// the (B, (K-1)·dilation, D) inputs of the gated convolution. Zeros mean that nothing came before.
+using State = std::vector<at::Tensor>;
+
+/// How the training loss is made of the positions it is given.
+struct LossOptions {
+  double label_smoothing = 0;
+  double z_loss = 0;
+};
+
+/// FlashLM v3's model, every dimension configurable:
+///   x = E[tokens] · embedding_scale;  `recursions` times: every block in turn;  h = final_norm(x);  logits =
+///   h Eᵀ.
+/// With one block the parameters have exactly v3's state-dict names ("block."); with several, "blocks.<i>.".
+/// Weights are drawn from torch's global generator.
+class FlashLMImpl : public torch::nn::Module {
+ public:
+  explicit FlashLMImpl(const ModelConfig& config);
+
+  const ModelConfig& config() const { return config_; }
+
+  /// tokens (B, T) int64 -> logits (B, T, V).
+  at::Tensor forward(const at::Tensor& tokens);
+
+  /// tokens (B, T) -> final hidden states (B, T, D). With `state`, for tokens that follow those that made it;
+  /// it moves on. A text fed in pieces of any size gives the hidden states of the whole.
+  at::Tensor hidden(const at::Tensor& tokens, State* state = nullptr);
+
+  /// (loss to train on, plain nll in nats per token) of `targets` (B, T), both means; see
+  /// linear_cross_entropy. `positions`, if given, indexes the flattened B·T positions that count.
+  std::tuple<at::Tensor, at::Tensor> loss(const at::Tensor& tokens, const at::Tensor& targets,
+                                          const LossOptions& options = {}, const at::Tensor& positions = {});
+
+  State initial_state(int64_t batch) const;
+
+  int64_t parameter_count() const;
+
+  at::Tensor embedding;
+
+ private:
+  ModelConfig config_;
+  std::vector<Block> blocks_;
+  RMSNorm final_norm_{nullptr};
+};
+TORCH_MODULE(FlashLM);
+
+/// Weights and settings in one safetensors file (docs/formats.md). load_model throws Error for a file that is
+/// missing, damaged, or whose tensors are not those that its settings ask for.
+void save_model(const FlashLM& model, const std::filesystem::path& path);
+FlashLM load_model(const std::filesystem::path& path);
+
+/// Copies `weights` into the model's parameters of the same names; Error if one is missing, unknown or of
+/// another shape. `origin` says in the message where they come from.
+void load_weights(const FlashLM& model, const std::map<std::string, at::Tensor>& weights,
+                  const std::string& origin);
+
+}  // namespace flashlm

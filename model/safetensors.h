@@ -1,0 +1,29 @@
+// SPDX-License-Identifier: Apache-2.0
+// Hugging Face's safetensors files (huggingface.co/docs/safetensors): an 8-byte little-endian header size, a
+// JSON header with dtype, shape and byte range of each tensor, then the raw values. Python reads them with
+// `safetensors.torch.load_file`.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <filesystem>
+#include <map>
+#include <string>
+
+namespace flashlm {
+
+struct SafeTensors {
+  std::map<std::string, at::Tensor> tensors;
+  std::map<std::string, std::string> metadata;
+};
+
+/// Writes to a temporary name, flushes, renames. Adds metadata "xxh3": the XXH3 checksum of all values, in
+/// hex. dtypes: float32, float64, bfloat16, int64, int32, uint8. Throws Error if the disk does not take it.
+void save_safetensors(const std::filesystem::path& path, const std::map<std::string, at::Tensor>& tensors,
+                      std::map<std::string, std::string> metadata = {});
+
+/// Reads a whole file, whoever wrote it; the checksum is held against the values where there is one. Throws
+/// Error in one line for a missing, truncated or damaged file.
+SafeTensors load_safetensors(const std::filesystem::path& path);
+
+}  // namespace flashlm
