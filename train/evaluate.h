@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: Apache-2.0
+// How well a model predicts held-out tokens.
+#pragma once
+
+#include <optional>
+#include <vector>
+
+#include "data/token_shard.h"
+#include "data/tokenizer.h"
+#include "model/flash_lm.h"
+
+namespace flashlm {
+
+/// Bytes of text that each token id stands for; control tokens stand for none.
+std::vector<int32_t> token_bytes(const Tokenizer& tokenizer);
+
+struct Evaluation {
+  double nats_per_token = 0;            // plain cross-entropy over the whole vocabulary
+  std::optional<double> bits_per_byte;  // the same per byte of text, if the tokens' bytes are known
+  int64_t tokens = 0;                   // predicted
+};
+
+/// Cuts the first max_tokens (0: all) of `shard` into windows of seq_len + 1 tokens that share one token, and
+/// predicts every token of a window but its first from those before it in the window. `bytes` is
+/// token_bytes(), or empty. bits_per_byte = total nats / ln 2 / bytes of the predicted tokens. Throws Error
+/// if there are fewer than two tokens.
+Evaluation evaluate(FlashLM& model, const TokenShard& shard, int64_t seq_len, int64_t max_tokens,
+                    const std::vector<int32_t>& bytes);
+
+}  // namespace flashlm
