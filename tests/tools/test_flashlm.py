@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""flashlm prepare, generate, evaluate and export as a user runs them."""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+from programs import BUILD, run, succeed
+
+OPS = pathlib.Path(os.environ.get("FLASHLM_OPS_LIB", BUILD / "ops" / "libflashlm_ops.so"))
+
+
+def refuse(words, *args):
+    done = run("flashlm", *args)
+    lines = [line for line in done.stderr.splitlines() if line]
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert len(lines) == 1 and words in lines[0], done.stderr
+
+
+# ---- prepare ----
+
+
+def test_prepare_is_reproducible_and_idempotent(corpus, dataset, tmp_path):
+    again = tmp_path / "data"
+    args = ("prepare", corpus, "--out", again, "--tokenizer", "sentencepiece:300", "--val-fraction", "0.1")
+    succeed("flashlm", *args)
+    for name in ("tokenizer.model", "train.tokens", "val.tokens"):
+        assert (again / name).read_bytes() == (dataset / name).read_bytes()
+    stamp = (again / "train.tokens").stat().st_mtime_ns
+    assert "up to date" in succeed("flashlm", *args)
+    assert (again / "train.tokens").stat().st_mtime_ns == stamp
+
+
+def test_prepare_refuses(tmp_path):
+    refuse("nowhere", "prepare", tmp_path / "nowhere", "--out", tmp_path / "data")
+    (tmp_path / "empty").mkdir()
+    refuse(str(tmp_path / "empty"), "prepare", tmp_path / "empty", "--out", tmp_path / "data")
+    (tmp_path / "empty" / "a.txt").write_text("")
+    refuse("empty", "prepare", tmp_path / "empty", "--out", tmp_path / "data")
+    (tmp_path / "short.txt").write_text("a few words are no corpus\n")
+    refuse("the text yields at most", "prepare", tmp_path / "short.txt", "--out", tmp_path / "data")
+    assert not (tmp_path / "data" / "train.tokens").exists()
+
+
+# ---- generate ----
+
+
+def test_generate(finished_run):
+    def text(*args):
+        return succeed("flashlm", "generate", finished_run, "--prompt", "the people", "--tokens", 20, *args)
+
+    assert text("--seed", 1).startswith("the people")
+    assert text("--seed", 1) == text("--seed", 1)
+    assert len({text("--seed", seed) for seed in range(5)}) > 1
+    likeliest = text("--temperature", 0)
+    assert text("--top-k", 1, "--seed", 3) == likeliest
+    assert text("--top-p", 1e-9, "--seed", 4) == likeliest
+    assert succeed("flashlm", "generate", finished_run, "--prompt", "-", "--tokens", 20, "--temperature", 0,
+                   input="the people") == likeliest
+
+
+def test_generate_refuses(finished_run, tmp_path):
+    refuse("train one with train_flashlm", "generate", tmp_path / "nowhere")
+    refuse("--temperature must be >= 0, got -1", "generate", finished_run, "--temperature", -1)
+    refuse("--top-p must be in (0, 1], got 0", "generate", finished_run, "--top-p", 0)
+    shutil.copy(finished_run / "tokenizer.model", tmp_path / "model.safetensors")
+    refuse("damaged or not a safetensors file", "generate", tmp_path / "model.safetensors", "--tokenizer",
+           finished_run / "tokenizer.model")
+
+
+# ---- evaluate ----
+
+
+def test_evaluate_agrees_with_the_trainer(finished_run, dataset):
+    last = [json.loads(line) for line in (finished_run / "metrics.jsonl").read_text().splitlines()][-1]
+    got = json.loads(succeed("flashlm", "evaluate", finished_run / "checkpoints" / "step-000000030.safetensors",
+                             "--data", dataset, "--seq-len", 32, "--max-tokens", 512, "--json"))
+    assert got["tokens"] == 511
+    assert got["nats_per_token"] == pytest.approx(last["val_loss"], rel=1e-6)
+    assert got["bits_per_byte"] == pytest.approx(last["val_bits_per_byte"], rel=1e-6)
+
+
+def test_evaluate_refuses(finished_run, tmp_path):
+    refuse("give either --data DIR", "evaluate", finished_run)
+    refuse("flashlm prepare", "evaluate", finished_run, "--data", tmp_path / "nowhere")
+
+
+# ---- export ----
+
+CHECK = """
+import json, sys, torch
+torch.ops.load_library(sys.argv[1])
+extra = {"config.json": "", "tokenizer.model": ""}
+model = torch.jit.load(sys.argv[2], _extra_files=extra)
+tokens = torch.tensor([[5, 9, 7, 20, 31, 8, 44, 3, 60, 61, 2]])
+with torch.inference_mode():
+    logits = model(tokens)
+    state = model.initial_state(1)
+    pieces = []
+    for piece in (tokens[:, :4], tokens[:, 4:5], tokens[:, 5:]):
+        out, state = model.step(piece, state)
+        pieces.append(out)
+    torch.testing.assert_close(torch.cat(pieces, 1), logits)
+    greedy = model.generate(tokens, 10, 0.0)
+    torch.manual_seed(0)
+    drawn = model.generate(tokens, 10, 1.0, 5, 0.9)
+print(json.dumps({"greedy": greedy[0].tolist(), "drawn": list(drawn.shape), "d_model": json.loads(extra["config.json"])["d-model"],
+                  "tokenizer": len(extra["tokenizer.model"])}))
+"""
+
+
+def test_export_loads_in_fresh_python_and_cpp_processes(finished_run, tmp_path):
+    out = tmp_path / "model.pt"
+    succeed("flashlm", "export", finished_run, "--out", out)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", CHECK, str(OPS), str(out)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    got = json.loads(done.stdout)
+    assert got["drawn"] == [1, 21] and got["d_model"] == 32
+    assert got["tokenizer"] == (finished_run / "tokenizer.model").stat().st_size
+    assert len(got["greedy"]) == 21
+    # The same text from a C++ process that links nothing but the operators.
+    program = BUILD / "tests" / "tools" / "load_torchscript"
+    done = subprocess.run([str(program), str(out), *map(str, got["greedy"][:11])], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [int(word) for word in done.stdout.split()] == got["greedy"]
+
+
+def test_export_refuses(tmp_path):
+    refuse("train one with train_flashlm", "export", tmp_path / "nowhere")

@@ -1,0 +1,15 @@
+// SPDX-License-Identifier: Apache-2.0
+// The subcommands of `flashlm`, one source each. add_x declares x's flags and what runs once they are parsed;
+// mistakes are thrown as Error, and Ctrl-C in the middle as CLI::RuntimeError(130).
+#pragma once
+
+#include <CLI/App.hpp>
+
+namespace flashlm {
+
+void add_evaluate(CLI::App& flashlm);
+void add_export(CLI::App& flashlm);
+void add_generate(CLI::App& flashlm);
+void add_prepare(CLI::App& flashlm);
+
+}  // namespace flashlm
