@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every operator again in a few lines of PyTorch, differentiable by autograd: the specification that the
+library meets. Names and arguments are the schemas'."""
+
+import torch
+import torch.nn.functional as F
+
+
+def rms_norm(x, scale, eps=1e-6):
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * scale
+
+
+def relu2_glu(gate, up):
+    return gate.relu().square() * up
+
+
+def straight_through(x, quantized):
+    """x + (quantized - x).detach(), without its rounding."""
+    return quantized.detach() + (x - x.detach())
+
+
+def ternary(weight, quantizer):
+    """The weight that takes part in the product: gamma * Q for absmean, Q for threshold."""
+    mean = weight.abs().mean()
+    if quantizer == "absmean":
+        gamma = mean.clamp(min=1e-5)
+        return gamma * (weight / gamma).round().clamp(-1, 1)
+    return weight.sign() * (weight.abs() > mean)
+
+
+def int8_rows(x):
+    s = 127 / x.abs().amax(-1, keepdim=True).clamp(min=1e-5)
+    return (x * s).round().clamp(-128, 127) / s
+
+
+def bit_linear(x, weight, norm_scale=None, *, quantizer="absmean", activation="int8", eps=1e-6):
+    if norm_scale is not None:
+        x = rms_norm(x, norm_scale, eps)
+    if activation == "int8":
+        x = straight_through(x, int8_rows(x))
+    return F.linear(x, straight_through(weight, ternary(weight, quantizer)))
+
+
+def causal_conv1d(x, weight, history=None, *, dilation=1, groups=1):
+    past = (weight.size(-1) - 1) * dilation
+    if history is None:
+        history = x.new_zeros(x.size(0), past, x.size(2))
+    seen = torch.cat([history, x], dim=1).transpose(1, 2)
+    return F.conv1d(seen, weight, dilation=dilation, groups=groups).transpose(1, 2)
+
+
+def gated_conv(x, norm_scale, gate_weight, value_weight, history=None, *, dilation=1, groups=1, eps=1e-6):
+    h = rms_norm(x, norm_scale, eps)
+    past = None if history is None else rms_norm(history, norm_scale, eps)
+    gate = causal_conv1d(h, gate_weight, past, dilation=dilation, groups=groups)
+    return x + gate.sigmoid() * causal_conv1d(h, value_weight, past, dilation=dilation, groups=groups)
+
+
+def linear_cross_entropy(
+    h, weight, bias, target, *, label_smoothing=0.0, z_loss=0.0, ignore_index=-100, reduction="mean"
+):
+    z = F.linear(h, weight, bias)
+    lse = z.logsumexp(-1)
+    kept = target != ignore_index
+    nll = lse - z.gather(-1, target.where(kept, 0).unsqueeze(-1)).squeeze(-1)
+    loss = (1 - label_smoothing) * nll + label_smoothing * (lse - z.mean(-1)) + z_loss * lse.square()
+    loss, nll = loss.where(kept, 0), nll.where(kept, 0).detach()
+    if reduction == "none":
+        return loss, nll
+    count = kept.sum() if reduction == "mean" else 1
+    return loss.sum() / count, nll.sum() / count

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one list of inputs that all operator tests share, and the list of calls that must be refused.
+
+A new operator needs its reference in reference.py, samples and refusals here. test_ops.py does the rest."""
+
+import zlib
+from dataclasses import dataclass
+from typing import Callable
+
+import torch
+
+import reference
+
+
+@dataclass(frozen=True)
+class Sample:
+    op: str
+    name: str
+    make: Callable[[], dict]  # -> the arguments by name, tensors in float64
+    smooth: tuple = ()  # differentiable inputs whose gradient finite differences can check
+    straight_through: tuple = ()  # differentiable inputs with a gradient by definition, through a quantizer
+
+    def __str__(self):
+        return f"{self.op}-{self.name}"
+
+    @property
+    def function(self):
+        """The operator; AttributeError when the library has none of this name."""
+        return getattr(torch.ops.flashlm, self.op).default
+
+    @property
+    def reference(self):
+        return getattr(reference, self.op)
+
+    @property
+    def differentiable(self):
+        return self.smooth + self.straight_through
+
+    def output_dtype(self, dtype):
+        """The inputs' own, but a loss in bfloat16 would be too coarse."""
+        return torch.promote_types(dtype, torch.float32) if self.op == "linear_cross_entropy" else dtype
+
+    def inputs(self, dtype, requires_grad=True):
+        """The arguments, always the same values, floating tensors in `dtype`."""
+        torch.manual_seed(zlib.crc32(str(self).encode()))
+        out = self.make()
+        for name, value in out.items():
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                out[name] = value.to(dtype).requires_grad_(requires_grad and name in self.differentiable)
+        return out
+
+
+def randn(*shape):
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def scale(width):
+    """A norm's scale: about one, no two alike."""
+    return 1 + 0.3 * randn(width)
+
+
+SAMPLES = []
+
+
+def add(op, name, make, smooth=(), straight_through=()):
+    SAMPLES.append(Sample(op, name, make, tuple(smooth), tuple(straight_through)))
+
+
+# ---- rms_norm ----
+
+for name, shape in {"3d": (2, 3, 17), "one_row": (5,), "no_rows": (0, 8)}.items():
+    add("rms_norm", name, lambda shape=shape: dict(x=randn(*shape), scale=scale(shape[-1])), ("x", "scale"))
+add("rms_norm", "eps", lambda: dict(x=randn(3, 5), scale=scale(5), eps=0.5), ("x", "scale"))
+add("rms_norm", "one_column", lambda: dict(x=randn(4, 1), scale=scale(1), eps=0.5), ("x", "scale"))
+
+# ---- relu2_glu ----
+
+for name, shape in {"3d": (2, 3, 17), "scalar": (), "no_rows": (0, 8)}.items():
+    add("relu2_glu", name, lambda shape=shape: dict(gate=randn(*shape), up=randn(*shape)), ("gate", "up"))
+
+# ---- bit_linear ----
+
+
+def bit_linear(name, rows, in_features, out_features, norm=False, **options):
+    """Finite differences see the steps of a quantizer: the weight's always, x's with int8 activations."""
+    inputs = ("x", "norm_scale") if norm else ("x",)
+    smooth = inputs if options.get("activation") == "none" else ()
+
+    def make():
+        out = dict(x=randn(*rows, in_features), weight=0.1 * randn(out_features, in_features))
+        if norm:
+            out["norm_scale"] = scale(in_features)
+        return out | options
+
+    add("bit_linear", name, make, smooth, ("weight", *(i for i in inputs if i not in smooth)))
+
+
+bit_linear("defaults", (2, 3), 37, 19)
+bit_linear("norm", (2, 3), 37, 19, norm=True, eps=0.1)
+bit_linear("absmean_float", (5,), 16, 8, activation="none")
+bit_linear("threshold_float", (2, 3), 37, 19, quantizer="threshold", activation="none")
+bit_linear("threshold_float_norm", (2, 3), 21, 7, norm=True, quantizer="threshold", activation="none")
+bit_linear("threshold_int8", (6,), 65, 33, quantizer="threshold", activation="int8")
+bit_linear("one_row", (), 24, 10)
+bit_linear("no_rows", (0, 3), 16, 8, norm=True)
+
+
+def zeros_for_the_quantizers():
+    out = dict(x=randn(3, 12), weight=torch.zeros(5, 12, dtype=torch.float64))
+    out["x"][1] = 0
+    return out
+
+
+add("bit_linear", "zeros", zeros_for_the_quantizers, (), ("x", "weight"))
+
+# ---- causal_conv1d, gated_conv ----
+
+
+def conv(name, batch, time, width, taps, history=False, **options):
+    groups, dilation = options.get("groups", 1), options.get("dilation", 1)
+    differentiable_past = ("history",) if history else ()
+
+    def weight():
+        return 0.5 * randn(width, width // groups, taps)
+
+    def past():
+        return dict(history=randn(batch, (taps - 1) * dilation, width)) if history else {}
+
+    add(
+        "causal_conv1d",
+        name,
+        lambda: dict(x=randn(batch, time, width), weight=weight()) | past() | options,
+        ("x", "weight", *differentiable_past),
+    )
+    add(
+        "gated_conv",
+        name,
+        lambda: dict(
+            x=randn(batch, time, width), norm_scale=scale(width), gate_weight=weight(), value_weight=weight()
+        )
+        | past()
+        | options,
+        ("x", "norm_scale", "gate_weight", "value_weight", *differentiable_past),
+    )
+
+
+conv("defaults", 2, 5, 4, 3)
+conv("dilated", 2, 11, 6, 4, dilation=2, groups=2)
+conv("shorter_than_reach", 1, 3, 4, 4, dilation=4, groups=4)
+conv("history", 2, 5, 6, 3, history=True, dilation=2, groups=3)
+conv("one_step_of_history", 2, 1, 4, 4, history=True, groups=2)
+conv("one_tap", 2, 3, 4, 1, groups=2)
+conv("no_batch", 0, 5, 4, 3, groups=2)
+
+# ---- linear_cross_entropy ----
+
+
+def linear_cross_entropy(name, rows, width, vocabulary, bias=True, ignored=(), **options):
+    def make():
+        target = torch.randint(vocabulary, rows)
+        target.view(-1)[list(ignored)] = options.get("ignore_index", -100)
+        return dict(
+            h=randn(*rows, width),
+            weight=0.5 * randn(vocabulary, width),
+            bias=randn(vocabulary) if bias else None,
+            target=target,
+        ) | options
+
+    add("linear_cross_entropy", name, make, ("h", "weight", "bias") if bias else ("h", "weight"))
+
+
+linear_cross_entropy("defaults", (6,), 5, 11, bias=False)
+linear_cross_entropy("bias_smoothing_z", (7,), 5, 13, label_smoothing=0.1, z_loss=1e-2)
+linear_cross_entropy("ignored", (6,), 5, 11, ignored=(0, 4), label_smoothing=0.2)
+linear_cross_entropy("ignore_index", (6,), 5, 11, ignored=(2, 3), ignore_index=7, reduction="sum", z_loss=0.1)
+linear_cross_entropy("none", (6,), 5, 11, ignored=(1,), reduction="none", label_smoothing=0.1, z_loss=1e-2)
+linear_cross_entropy("3d", (2, 3), 5, 11, reduction="none")
+linear_cross_entropy("several_blocks", (70,), 4, 600, label_smoothing=0.1)
+linear_cross_entropy("no_rows", (0,), 5, 11, reduction="sum")
+
+# ---- calls that must be refused ----
+
+
+@dataclass(frozen=True)
+class Refusal:
+    op: str
+    changes: dict  # to the arguments of the operator's first sample
+    words: str  # of the RuntimeError, after "op: "
+
+    def __str__(self):
+        return f"{self.op}-{'-'.join(self.changes)}"
+
+    def inputs(self):
+        sample = next(s for s in SAMPLES if s.op == self.op)
+        return sample.inputs(torch.float32, requires_grad=False) | self.changes
+
+
+REFUSALS = [
+    Refusal("rms_norm", dict(scale=torch.ones(5)), "scale's size must be 17, got 5"),
+    Refusal("rms_norm", dict(eps=-1.0), "eps must be >= 0, got -1"),
+    Refusal("relu2_glu", dict(up=torch.ones(1, 17)), "up must have gate's 3 dimensions, got 2"),
+    Refusal("bit_linear", dict(weight=torch.ones(19, 5)), "x's last dimension must be"),
+    Refusal("bit_linear", dict(quantizer="ternary"), "quantizer must be"),
+    Refusal("bit_linear", dict(activation="int4"), "activation must be"),
+    Refusal("causal_conv1d", dict(weight=torch.ones(4, 3, 3)), "weight must be (D, D/groups, K)"),
+    Refusal("causal_conv1d", dict(dilation=0), "dilation must be"),
+    Refusal("causal_conv1d", dict(groups=3), "groups must divide D"),
+    Refusal("gated_conv", dict(norm_scale=torch.ones(3)), "norm_scale's size must be 4, got 3"),
+    Refusal("gated_conv", dict(history=torch.ones(2, 3, 4)), "history must be (B, (K-1)*dilation, D)"),
+    Refusal("linear_cross_entropy", dict(reduction="average"), "reduction must be"),
+    Refusal("linear_cross_entropy", dict(target=torch.full((6,), 11)), "target must be in [0, V)"),
+    Refusal("linear_cross_entropy", dict(target=torch.zeros(6)), "target must be int64"),
+]
