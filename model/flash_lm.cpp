@@ -6,7 +6,6 @@
 #include <sstream>
 
 #include "data/error.h"
-#include "model/safetensors.h"
 #include "ops/ops.h"
 
 namespace flashlm {
@@ -81,14 +80,16 @@ void save_model(const FlashLM& model, const std::filesystem::path& path) {
 }
 
 FlashLM load_model(const std::filesystem::path& path) {
-  const SafeTensors file = load_safetensors(path);
+  return model_from(load_safetensors(path), path.string());
+}
+
+FlashLM model_from(const SafeTensors& file, const std::string& origin) {
   const auto format = file.metadata.find("format"), config = file.metadata.find("config");
   if (format == file.metadata.end() || format->second != "flashlm-model" || config == file.metadata.end()) {
-    throw Error(path.string() +
-                " is not a FlashLM model (no 'flashlm-model' mark); train_flashlm writes them");
+    throw Error(origin + " is not a FlashLM model (no 'flashlm-model' mark); train_flashlm writes them");
   }
   FlashLM model(model_config_from_json(config->second));
-  load_weights(model, file.tensors, path.string());
+  load_weights(model, file.tensors, origin);
   return model;
 }
 

@@ -13,6 +13,7 @@
 
 #include "model/config.h"
 #include "model/layers.h"
+#include "model/safetensors.h"
 
 namespace flashlm {
 
@@ -66,6 +67,9 @@ TORCH_MODULE(FlashLM);
 /// missing, damaged, or whose tensors are not those that its settings ask for.
 void save_model(const FlashLM& model, const std::filesystem::path& path);
 FlashLM load_model(const std::filesystem::path& path);
+
+/// The same from what has been read already; `origin` names it in messages.
+FlashLM model_from(const SafeTensors& file, const std::string& origin);
 
 /// Copies `weights` into the model's parameters of the same names; Error if one is missing, unknown or of
 /// another shape. `origin` says in the message where they come from.

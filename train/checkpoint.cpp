@@ -67,7 +67,7 @@ void load_checkpoint(const std::filesystem::path& path, const Checkpointed& stat
 
 FlashLM load_any_model(const std::filesystem::path& path) {
   SafeTensors file = load_safetensors(path);
-  if (file.metadata["format"] != kFormat) return load_model(path);
+  if (file.metadata["format"] != kFormat) return model_from(file, path.string());
   FlashLM model(model_config_from_json(file.metadata.at("config")));
   load_weights(model, model_weights(file), path.string());
   return model;

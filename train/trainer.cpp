@@ -218,26 +218,33 @@ void Trainer::report(const Progressed& before) {
   if (due(eval_every_) && !ended) {
     evaluate_now();
   } else if (due(log_every_) && !ended) {
-    metrics_->write({done_.step, done_.tokens, done_.train_seconds,
-                     done_.nll_sum / static_cast<double>(done_.nll_steps), std::nullopt, std::nullopt,
-                     lr_scale_, grad_norm_, tokens_per_s_});
-    done_.nll_sum = 0;
-    done_.nll_steps = 0;
+    write_metrics({});
   }
   progress_line_.update(reading());
   if (due(sample_every_) && !ended) sample_now();
   if (due(checkpoint_every_) && !ended) checkpoint_now();
 }
 
+Evaluation Trainer::held_out() {
+  return evaluate(model_, dataset_.val, config_.eval_seq_len, config_.eval_tokens, token_bytes_);
+}
+
 void Trainer::evaluate_now() {
-  evaluation_ = evaluate(model_, dataset_.val, config_.eval_seq_len, config_.eval_tokens, token_bytes_);
+  evaluation_ = held_out();
+  write_metrics(evaluation_);
+  plot();
+}
+
+void Trainer::write_metrics(const std::optional<Evaluation>& evaluation) {
   Metrics m;
   m.step = done_.step;
   m.tokens = done_.tokens;
   m.train_seconds = done_.train_seconds;
-  m.val_loss = evaluation_->nats_per_token;
-  m.val_bits_per_byte = evaluation_->bits_per_byte;
   m.lr = lr_scale_;
+  if (evaluation) {
+    m.val_loss = evaluation->nats_per_token;
+    m.val_bits_per_byte = evaluation->bits_per_byte;
+  }
   if (done_.nll_steps > 0) {
     m.loss = done_.nll_sum / static_cast<double>(done_.nll_steps);
     m.grad_norm = grad_norm_;
@@ -246,7 +253,6 @@ void Trainer::evaluate_now() {
   metrics_->write(m);
   done_.nll_sum = 0;
   done_.nll_steps = 0;
-  plot();
 }
 
 void Trainer::sample_now() {
@@ -282,8 +288,7 @@ void Trainer::finish() {
   bool average_is_better = false;
   if (ema_) {
     const Ema::Swap averaged(*ema_);
-    const Evaluation of_average =
-        evaluate(model_, dataset_.val, config_.eval_seq_len, config_.eval_tokens, token_bytes_);
+    const Evaluation of_average = held_out();
     average_is_better = of_average.nats_per_token < evaluation_->nats_per_token;
     progress_line_.message("moving average: " + describe(of_average) +
                            (average_is_better ? ", kept" : ", not kept"));

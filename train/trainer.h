@@ -33,7 +33,9 @@ class Trainer {
   double progress() const;
   void train_step();
   void report(const Progressed& before);
+  Evaluation held_out();
   void evaluate_now();
+  void write_metrics(const std::optional<Evaluation>& evaluation);
   void sample_now();
   void checkpoint_now();
   void save_and_sample();
