@@ -6,6 +6,10 @@
 
 #include "ops/kernels/kernels.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace flashlm::kernels {
 
 #define FLASHLM_DECLARE_LEVEL(level)   \
@@ -16,25 +20,44 @@ namespace flashlm::kernels {
 FLASHLM_DECLARE_LEVEL(baseline)
 #if defined(__x86_64__)
 FLASHLM_DECLARE_LEVEL(avx2)
+FLASHLM_DECLARE_LEVEL(avxvnni)
 FLASHLM_DECLARE_LEVEL(avx512)
+FLASHLM_DECLARE_LEVEL(avx512bf16)
 #endif
 #undef FLASHLM_DECLARE_LEVEL
 
 namespace {
 
-const Level kLevels[] = {
-    {"baseline", [] { return true; }, baseline::float_table, baseline::double_table},
 #if defined(__x86_64__)
-    {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); },
-     avx2::float_table, avx2::double_table},
-    {"avx512",
-     [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-     },
-     avx512::float_table, avx512::double_table},
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+
+// GCC 12's __builtin_cpu_supports does not know this one: CPUID leaf 7, subleaf 1, EAX bit 4.
+bool has_avxvnni() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a >> 4 & 1) != 0;
+}
+
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vnni");
+}
+
+bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+#endif
+
+#define FLASHLM_LEVEL(level, supported) \
+  { #level, supported, level::float_table, level::double_table }
+const Level kLevels[] = {
+    FLASHLM_LEVEL(baseline, [] { return true; }),
+#if defined(__x86_64__)
+    FLASHLM_LEVEL(avx2, has_avx2),
+    FLASHLM_LEVEL(avxvnni, has_avxvnni),
+    FLASHLM_LEVEL(avx512, has_avx512),
+    FLASHLM_LEVEL(avx512bf16, has_avx512bf16),
 #endif
 };
+#undef FLASHLM_LEVEL
 
 const Level& choose_level() {
   const char* wanted = std::getenv("FLASHLM_ISA");

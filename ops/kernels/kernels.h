@@ -112,7 +112,8 @@ struct Table {
 template <class T>
 const Table<T>& table();
 
-/// Every level compiled in, lowest first, for tests and for messages: "baseline", "avx2", "avx512".
+/// Every level compiled in, lowest first, for tests and for messages: "baseline", "avx2", "avxvnni", "avx512"
+/// (with VNNI), "avx512bf16".
 struct Level {
   const char* name;
   bool (*supported)();
