@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
+// The public operator is a composite over _bit_linear_forward, which also returns the int8 rows that the
+// backward pass needs. Rows are normed, quantized and multiplied a block at a time, in cache.
 #include "ops/bit_linear.h"
 
-#include <cmath>
-#include <limits>
-
 #include "ops/common.h"
+#include "ops/ternary_weights.h"
 
 namespace flashlm {
 
@@ -14,8 +14,13 @@ TORCH_LIBRARY_FRAGMENT(flashlm, m) {
       "str activation=\"int8\", float eps=1e-6) -> Tensor",
       {at::Tag::pt2_compliant_tag});
   m.def(
-      "_bit_linear_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor? norm_scale, str quantizer, "
-      "str activation, float eps) -> (Tensor, Tensor, Tensor)",
+      "_bit_linear_forward(Tensor x, Tensor weight, Tensor? norm_scale, str quantizer, str activation, "
+      "float eps) -> (Tensor y, Tensor q, Tensor inverse_scale)",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "_bit_linear_backward(Tensor grad_y, Tensor? x, Tensor? q, Tensor? inverse_scale, Tensor weight, "
+      "Tensor? norm_scale, str quantizer, str activation, float eps, bool[3] output_mask) "
+      "-> (Tensor, Tensor, Tensor)",
       {at::Tag::pt2_compliant_tag});
 }
 
@@ -30,15 +35,30 @@ at::Tensor bit_linear(const at::Tensor& x, const at::Tensor& weight,
 namespace {
 
 using kernels::Quantizer;
-using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+using OptionalTensor = std::optional<at::Tensor>;
+using ThreeTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
-Gradients bit_linear_backward(const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& weight,
-                              const std::optional<at::Tensor>& norm_scale, std::string_view quantizer,
-                              std::string_view activation, double eps) {
+ThreeTensors forward(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& norm_scale,
+                     std::string_view quantizer, std::string_view activation, double eps) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("flashlm::_bit_linear_forward", "")
+                             .typed<decltype(forward)>();
+  return op.call(x, weight, norm_scale, quantizer, activation, eps);
+}
+
+ThreeTensors backward(const at::Tensor& grad_y, const OptionalTensor& x, const OptionalTensor& q,
+                      const OptionalTensor& inverse_scale, const at::Tensor& weight,
+                      const OptionalTensor& norm_scale, std::string_view quantizer,
+                      std::string_view activation, double eps, std::array<bool, 3> output_mask) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("flashlm::_bit_linear_backward", "")
-                             .typed<decltype(bit_linear_backward)>();
-  return op.call(grad_y, x, weight, norm_scale, quantizer, activation, eps);
+                             .typed<decltype(backward)>();
+  return op.call(grad_y, x, q, inverse_scale, weight, norm_scale, quantizer, activation, eps, output_mask);
+}
+
+at::Tensor composite(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& norm_scale,
+                     std::string_view quantizer, std::string_view activation, double eps) {
+  return std::get<0>(forward(x, weight, norm_scale, quantizer, activation, eps));
 }
 
 Quantizer parse_quantizer(std::string_view name) {
@@ -54,10 +74,10 @@ bool parse_activation(std::string_view name) {
   return name == "int8";
 }
 
-/// Checks the arguments and makes the output: the Meta kernel, and the CPU kernel's first line.
-at::Tensor new_output(const at::Tensor& x, const at::Tensor& weight,
-                      const std::optional<at::Tensor>& norm_scale, std::string_view quantizer,
-                      std::string_view activation, double eps) {
+/// Checks the arguments and makes the outputs: the Meta kernel, and the CPU kernel's first line.
+ThreeTensors new_outputs(const at::Tensor& x, const at::Tensor& weight,
+                         const std::optional<at::Tensor>& norm_scale, std::string_view quantizer,
+                         std::string_view activation, double eps) {
   check_floating("bit_linear", "x", x);
   check_same_dtype("bit_linear", "weight", weight, x);
   TORCH_CHECK(x.dim() >= 1, "bit_linear: x must have at least 1 dimension, got 0");
@@ -72,7 +92,8 @@ at::Tensor new_output(const at::Tensor& x, const at::Tensor& weight,
     check_size("bit_linear", "norm_scale's size", norm_scale->sym_size(0), in);
   }
   parse_quantizer(quantizer);
-  if (parse_activation(activation)) {
+  const bool int8 = parse_activation(activation);
+  if (int8) {
     constexpr int64_t kLargestIn = (int64_t{1} << 24) - 1;
     TORCH_SYM_CHECK(in.sym_le(kLargestIn), "bit_linear: weight's in must be at most ", kLargestIn,
                     " in activation mode 'int8', where sums are int32, got ", in, "; use activation 'none'");
@@ -80,328 +101,433 @@ at::Tensor new_output(const at::Tensor& x, const at::Tensor& weight,
   TORCH_CHECK(eps >= 0, "bit_linear: eps must be >= 0, got ", eps);
   auto shape = x.sym_sizes().vec();
   shape.back() = weight.sym_size(0);
-  return x.new_empty_symint(shape);
+  const at::Tensor y = x.new_empty_symint(shape);
+  // What the backward reads instead of x. With a norm it needs x itself, and quantizes again.
+  const bool keeps_int8 = int8 && !norm_scale;
+  const c10::SymInt rows = keeps_int8 ? x.sym_numel() / in : c10::SymInt(0);
+  return {y, x.new_empty_symint({rows, (in + 3) / 4 * 4}, x.options().dtype(at::kChar)),
+          x.new_empty_symint({rows}, x.options().dtype(compute_dtype(x)))};
 }
 
-/// Rows that are normed and quantized together, in buffers that stay in cache until the product reads them.
-constexpr int64_t kRowBlock = 64;
+/// Rows that are normed and quantized together, in buffers that stay in cache until the product reads them; a
+/// multiple of every tile's rows.
+constexpr int64_t kRowBlock = 96;
+/// Rows over which grad_weight is summed before the sum goes to memory.
+constexpr int64_t kDepth = 256;
+/// Rows whose packed form is held at once for grad_weight.
+constexpr int64_t kChunkRows = 16 * kDepth;
 
-/// body(begin, end) for consecutive blocks of at most kRowBlock rows.
+/// body(begin, end) for consecutive blocks of at most `block` rows.
 template <class Body>
-void for_row_blocks(int64_t begin, int64_t end, const Body& body) {
-  for (int64_t r = begin; r < end; r += kRowBlock) body(r, std::min(end, r + kRowBlock));
+void for_row_blocks(int64_t begin, int64_t end, int64_t block, const Body& body) {
+  for (int64_t r = begin; r < end; r += block) body(r, std::min(end, r + block));
 }
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-/// body(first, last) for whole panels of a packed matrix of `width` columns, in parallel.
-template <class Body>
-void for_panels(int64_t width, int64_t panel, int64_t depth, const Body& body) {
-  at::parallel_for(0, round_up(width, panel) / panel, row_grain(panel * depth),
-                   [&](int64_t begin, int64_t end) {
-                     for (int64_t p = begin; p < end; ++p) body(p * panel, std::min(width, (p + 1) * panel));
-                   });
-}
-
-/// The rule behind both quantizers: Q = 1 above bound, -1 below -bound, else 0. For absmean, round(w / gamma)
-/// is not 0 just where |w| > gamma / 2 (a tie rounds to 0), in floating point too.
-template <class T>
-struct Scale {
-  T gamma;
-  T bound;
+/// The tensors of a call as the kernels read them. x (M, K), norm_scale, q (M, round_up(K, 4)) and
+/// inverse_scale (M) may be undefined; where the backward has no x, it has q and inverse_scale.
+struct Inputs {
+  at::Tensor x, weight, norm_scale, q, inverse_scale;
+  int64_t m, n, k;
+  double eps;
+  bool int8;
+  Quantizer quantizer;
 };
 
 template <class T>
-Scale<T> weight_scale(const at::Tensor& weight, Quantizer quantizer) {
-  const T* w = weight.const_data_ptr<T>();
-  double sum = 0;
-  sum_over_rows(weight.numel(), 1, &sum, [&](int64_t begin, int64_t end, double* partial) {
-    *partial += kernels::table<T>().abs_sum(end - begin, w + begin);
-  });
-  const T mean = static_cast<T>(sum / static_cast<double>(weight.numel()));
-  // No weight is above a bound of NaN: without this, one broken weight would silence the layer.
-  if (!std::isfinite(mean)) return {std::numeric_limits<T>::quiet_NaN(), mean};
-  if (quantizer == Quantizer::kThreshold) return {T(1), mean};
-  const T gamma = std::max(mean, T(1e-5));
-  return {gamma, gamma / 2};
-}
-
-/// The (k, n) matrix B(i, j) = gamma Q(i * row_stride + j * col_stride) as kernels::gemm takes it: packed
-/// first, quantized in place.
-template <class T>
-at::Tensor pack_values(int64_t k, int64_t n, const at::Tensor& weight, int64_t row_stride, int64_t col_stride,
-                       Scale<T> scale) {
-  const auto& table = kernels::table<T>();
-  const int64_t panel = table.gemm_panel;
-  at::Tensor packed = at::empty({k * round_up(n, panel)}, weight.options());
-  for_panels(n, panel, k, [&](int64_t begin, int64_t end) {
-    T* to = packed.mutable_data_ptr<T>() + begin * k;
-    table.gemm_pack(k, end - begin, weight.const_data_ptr<T>() + begin * col_stride, row_stride, col_stride,
-                    to);
-    table.ternary_values(k * panel, to, scale.bound, scale.gamma, to);
-  });
-  return packed;
-}
-
-/// weight's codes as kernels::ternary_gemm takes them.
-template <class T>
-at::Tensor pack_codes(const at::Tensor& weight, Scale<T> scale) {
-  const auto& table = kernels::table<T>();
-  const int64_t n = weight.size(0), k = weight.size(1), panel = table.ternary_panel;
-  at::Tensor packed = at::empty({round_up(n, panel) * round_up(k, 4)}, weight.options().dtype(at::kByte));
-  for_panels(n, panel, k, [&](int64_t begin, int64_t end) {
-    std::vector<int8_t> codes((end - begin) * k);
-    table.ternary_codes((end - begin) * k, weight.const_data_ptr<T>() + begin * k, scale.bound, codes.data());
-    table.ternary_pack(end - begin, k, codes.data(),
-                       packed.mutable_data_ptr<uint8_t>() + begin * round_up(k, 4));
-  });
-  return packed;
+const T* data_or_null(const at::Tensor& t) {
+  return t.defined() ? t.const_data_ptr<T>() : nullptr;
 }
 
 /// The rows that enter the quantizer: x's own, or a block of them normed into a buffer.
 template <class T>
 class NormedRows {
  public:
-  NormedRows(const at::Tensor& x, const at::Tensor& norm_scale, double eps)
-      : x_(x.const_data_ptr<T>()),
-        norm_scale_(norm_scale.defined() ? norm_scale.const_data_ptr<T>() : nullptr),
-        eps_(static_cast<T>(eps)),
-        k_(x.size(-1)),
-        buffer_(norm_scale_ ? kRowBlock * k_ : 0) {}
+  NormedRows(const Inputs& in, int64_t block)
+      : in_(in), buffer_(in.norm_scale.defined() ? block * in.k : 0) {}
 
-  /// Rows begin .. end, at most kRowBlock, until the next call.
+  /// Rows begin .. end, at most a block, until the next call.
   const T* operator()(int64_t begin, int64_t end) {
-    if (!norm_scale_) return x_ + begin * k_;
-    kernels::table<T>().rms_norm(end - begin, k_, x_ + begin * k_, norm_scale_, eps_, buffer_.data());
+    const T* x = in_.x.const_data_ptr<T>() + begin * in_.k;
+    if (!in_.norm_scale.defined()) return x;
+    kernels::table<T>().rms_norm(end - begin, in_.k, x, in_.norm_scale.const_data_ptr<T>(),
+                                 static_cast<T>(in_.eps), buffer_.data());
     return buffer_.data();
   }
 
  private:
-  const T* x_;
-  const T* norm_scale_;
-  T eps_;
-  int64_t k_;
+  const Inputs& in_;
   std::vector<T> buffer_;
 };
 
-/// At most kRowBlock rows in int8.
+/// Rows in int8: q, each row's inverse_scale, each row's sum of q.
 template <class T>
 struct Int8Rows {
-  explicit Int8Rows(int64_t k)
-      : q(kRowBlock * round_up(k, 4)), inverse_scale(kRowBlock), row_sum(kRowBlock) {}
-
-  std::vector<int8_t> q;
-  std::vector<T> inverse_scale;
-  std::vector<int32_t> row_sum;
+  const int8_t* q;
+  const T* inverse_scale;
+  const int32_t* row_sum;
 };
 
-/// The tensors of a call as the kernels read them. x is (M, K); norm_scale may be undefined.
-struct Inputs {
-  at::Tensor x, weight, norm_scale;
-  double eps;
-  bool int8;
-  Quantizer quantizer;
+/// Makes Int8Rows of up to a block of rows; where they are to be kept, in place.
+template <class T>
+class Quantizing {
+ public:
+  Quantizing(const Inputs& in, int64_t block)
+      : in_(in),
+        rows_(in, block),
+        q_(in.q.defined() ? 0 : block * round_up(in.k, 4)),
+        inverse_scale_(in.q.defined() ? 0 : block),
+        row_sum_(block) {}
 
-  Inputs(const at::Tensor& x_, const at::Tensor& weight_, const std::optional<at::Tensor>& norm_scale_,
-         std::string_view quantizer_, std::string_view activation, double eps_)
-      : x(kernel_input(x_, x_).view({-1, x_.size(-1)})),
-        weight(kernel_input(weight_, x_)),
-        norm_scale(norm_scale_ ? kernel_input(*norm_scale_, x_) : at::Tensor()),
-        eps(eps_),
-        int8(parse_activation(activation)),
-        quantizer(parse_quantizer(quantizer_)) {}
+  Int8Rows<T> operator()(int64_t begin, int64_t end) {
+    const bool kept = in_.q.defined();
+    int8_t* q = kept ? in_.q.mutable_data_ptr<int8_t>() + begin * in_.q.size(1) : q_.data();
+    T* inverse_scale = kept ? in_.inverse_scale.mutable_data_ptr<T>() + begin : inverse_scale_.data();
+    kernels::table<T>().quantize_rows(end - begin, in_.k, rows_(begin, end), q, inverse_scale,
+                                      row_sum_.data());
+    return {q, inverse_scale, row_sum_.data()};
+  }
+
+ private:
+  const Inputs& in_;
+  NormedRows<T> rows_;
+  std::vector<int8_t> q_;
+  std::vector<T> inverse_scale_;
+  std::vector<int32_t> row_sum_;
 };
 
 // ---- forward ----
 
 template <class T>
-void forward_int8(const Inputs& in, T* y) {
-  const auto& table = kernels::table<T>();
-  const int64_t k = in.x.size(1), n = in.weight.size(0);
-  const Scale<T> scale = weight_scale<T>(in.weight, in.quantizer);
-  const at::Tensor packed = pack_codes(in.weight, scale);
-  at::parallel_for(0, in.x.size(0), kRowBlock, [&](int64_t first, int64_t last) {
-    NormedRows<T> rows(in.x, in.norm_scale, in.eps);
-    Int8Rows<T> a(k);
-    for_row_blocks(first, last, [&](int64_t begin, int64_t end) {
-      table.quantize_rows(end - begin, k, rows(begin, end), a.q.data(), a.inverse_scale.data(),
-                          a.row_sum.data());
-      table.ternary_gemm(end - begin, n, k, a.q.data(), a.row_sum.data(), a.inverse_scale.data(),
-                         packed.const_data_ptr<uint8_t>(), scale.gamma, y + begin * n, n);
+void forward_int8(const Inputs& in, const at::Tensor& weight, T* y) {
+  const auto weights = ternary_weights<T>(weight, in.quantizer);
+  const uint8_t* packed = weights->packed(TernaryLayout::kInt8, weight).template const_data_ptr<uint8_t>();
+  at::parallel_for(0, in.m, kRowBlock, [&](int64_t first, int64_t last) {
+    Quantizing<T> quantized(in, kRowBlock);
+    for_row_blocks(first, last, kRowBlock, [&](int64_t begin, int64_t end) {
+      const Int8Rows<T> a = quantized(begin, end);
+      kernels::table<T>().ternary_gemm(end - begin, in.n, in.k, a.q, a.row_sum, a.inverse_scale, packed,
+                                       weights->gamma(), y + begin * in.n, in.n);
     });
   });
 }
 
 template <class T>
-void forward_float(const Inputs& in, T* y) {
-  const int64_t k = in.x.size(1), n = in.weight.size(0);
-  const Scale<T> scale = weight_scale<T>(in.weight, in.quantizer);
-  const at::Tensor packed = pack_values<T>(k, n, in.weight, /*row_stride=*/1, /*col_stride=*/k, scale);
-  at::parallel_for(0, in.x.size(0), kRowBlock, [&](int64_t first, int64_t last) {
-    NormedRows<T> rows(in.x, in.norm_scale, in.eps);
-    for_row_blocks(first, last, [&](int64_t begin, int64_t end) {
-      kernels::table<T>().gemm(end - begin, n, k, rows(begin, end), /*a_row=*/k, /*a_col=*/1,
-                               packed.const_data_ptr<T>(), y + begin * n, n, /*accumulate=*/false);
+void forward_float(const Inputs& in, const at::Tensor& weight, T* y) {
+  const auto weights = ternary_weights<T>(weight, in.quantizer);
+  const T* packed = weights->packed(TernaryLayout::kFloat, weight).template const_data_ptr<T>();
+  at::parallel_for(0, in.m, kRowBlock, [&](int64_t first, int64_t last) {
+    NormedRows<T> rows(in, kRowBlock);
+    for_row_blocks(first, last, kRowBlock, [&](int64_t begin, int64_t end) {
+      kernels::table<T>().gemm(end - begin, in.n, in.k, rows(begin, end), /*a_row=*/in.k, /*a_col=*/1, packed,
+                               y + begin * in.n, in.n, /*accumulate=*/false);
     });
   });
 }
 
-at::Tensor bit_linear_cpu(const at::Tensor& x, const at::Tensor& weight,
-                          const std::optional<at::Tensor>& norm_scale, std::string_view quantizer,
-                          std::string_view activation, double eps) {
-  at::Tensor y = new_output(x, weight, norm_scale, quantizer, activation, eps);
-  if (y.numel() == 0) return y;
-  const Inputs in(x, weight, norm_scale, quantizer, activation, eps);
-  at::Tensor out = at::empty(y.sizes(), in.x.options());
+ThreeTensors forward_cpu(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& norm_scale,
+                         std::string_view quantizer, std::string_view activation, double eps) {
+  auto out = new_outputs(x, weight, norm_scale, quantizer, activation, eps);
+  auto& [y, q, inverse_scale] = out;
+  if (x.numel() == 0 || y.numel() == 0) {
+    q.zero_();
+    inverse_scale.zero_();
+    return out;
+  }
+  Inputs in;
+  in.k = weight.size(1), in.n = weight.size(0), in.m = x.numel() / in.k;
+  in.x = kernel_input(x, x).view({in.m, in.k});
+  if (norm_scale) in.norm_scale = kernel_input(*norm_scale, x);
+  if (q.size(0) > 0) in.q = q, in.inverse_scale = inverse_scale;
+  in.eps = eps;
+  in.int8 = parse_activation(activation);
+  in.quantizer = parse_quantizer(quantizer);
+  const at::Tensor computed = at::empty(y.sizes(), in.x.options());
   dispatch(x, [&](auto t) {
     using T = decltype(t);
-    (in.int8 ? forward_int8<T> : forward_float<T>)(in, out.mutable_data_ptr<T>());
+    (in.int8 ? forward_int8<T> : forward_float<T>)(in, weight, computed.mutable_data_ptr<T>());
   });
-  return out.to(y.scalar_type());
+  y = computed.to(y.scalar_type());
+  return out;
 }
 
 // ---- backward ----
 
-Gradients new_gradients(const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& weight,
-                        const std::optional<at::Tensor>& norm_scale, std::string_view quantizer,
-                        std::string_view activation, double eps) {
-  new_output(x, weight, norm_scale, quantizer, activation, eps);
-  check_same_dtype("_bit_linear_backward", "grad_y", grad_y, x);
-  return {x.new_empty_symint(x.sym_sizes()), weight.new_empty_symint(weight.sym_sizes()),
-          norm_scale ? norm_scale->new_empty_symint(norm_scale->sym_sizes()) : x.new_empty({0})};
+ThreeTensors new_gradients(const at::Tensor& grad_y, const OptionalTensor& x, const OptionalTensor& q,
+                           const OptionalTensor& inverse_scale, const at::Tensor& weight,
+                           const OptionalTensor& norm_scale, std::string_view quantizer,
+                           std::string_view activation, double eps, std::array<bool, 3> output_mask) {
+  check_same_dtype("_bit_linear_backward", "grad_y", grad_y, weight);
+  TORCH_CHECK(x.has_value() != (q.has_value() && inverse_scale.has_value()),
+              "_bit_linear_backward: needs either x, or q and inverse_scale");
+  auto shape = grad_y.sym_sizes().vec();
+  shape.back() = weight.sym_size(1);
+  const at::Tensor grad_x = weight.new_empty_symint(shape);
+  new_outputs(x ? *x : grad_x, weight, norm_scale, quantizer, activation, eps);
+  const auto if_wanted = [&](size_t i, const at::Tensor& like) {
+    return output_mask[i] ? like.new_empty_symint(like.sym_sizes()) : no_grad();
+  };
+  return {output_mask[0] ? grad_x : no_grad(), if_wanted(1, weight),
+          norm_scale ? if_wanted(2, *norm_scale) : no_grad()};
 }
 
-/// grad_n = grad_y · (gamma Q), and through the norm if there is one.
+/// Whether the backward multiplies in bfloat16, which holds the codes and the int8 rows exactly and rounds
+/// only grad_y: in mode "int8", where the CPU has such products.
 template <class T>
-void backward_x(const Inputs& in, const T* grad_y, T* grad_x, at::Tensor& grad_norm_scale) {
-  const auto& table = kernels::table<T>();
-  const int64_t m = in.x.size(0), k = in.x.size(1), n = in.weight.size(0);
-  const at::Tensor packed = pack_values<T>(n, k, in.weight, /*row_stride=*/k, /*col_stride=*/1,
-                                           weight_scale<T>(in.weight, in.quantizer));
-  const auto product = [&](int64_t begin, int64_t end, T* grad_n) {
-    table.gemm(end - begin, k, n, grad_y + begin * n, /*a_row=*/n, /*a_col=*/1, packed.const_data_ptr<T>(),
-               grad_n, k, /*accumulate=*/false);
-  };
+bool uses_bf16(const Inputs& in) {
+  return in.int8 && kernels::table<T>().bf16_panel > 0;
+}
+
+/// grad_n = grad_y · (gamma Q) for rows begin .. end, at most kRowBlock.
+template <class T>
+class ProductWithWeights {
+ public:
+  ProductWithWeights(const Inputs& in, const at::Tensor& weight, TernaryWeights<T>& weights, const T* grad_y)
+      : in_(in), grad_y_(grad_y), gamma_(weights.gamma()) {
+    if (uses_bf16<T>(in)) {
+      bf16_ = weights.packed(TernaryLayout::kBf16Transposed, weight).template const_data_ptr<int32_t>();
+    } else {
+      values_ = weights.packed(TernaryLayout::kFloatTransposed, weight).template const_data_ptr<T>();
+    }
+  }
+
+  /// `pairs` is memory for the block's rows in bfloat16.
+  void operator()(int64_t begin, int64_t end, std::vector<int32_t>& pairs, T* grad_n) const {
+    const auto& table = kernels::table<T>();
+    const T* grad = grad_y_ + begin * in_.n;
+    if (bf16_ != nullptr) {
+      const int64_t row = (in_.n + 1) / 2;
+      pairs.resize(kRowBlock * row);
+      table.bf16_pack_rows(end - begin, in_.n, grad, in_.n, pairs.data());
+      table.gemm_bf16(end - begin, in_.k, in_.n, {pairs.data(), row, 1, table.bf16_panel * row}, bf16_,
+                      gamma_, grad_n, in_.k, /*accumulate=*/false);
+    } else {
+      table.gemm(end - begin, in_.k, in_.n, grad, /*a_row=*/in_.n, /*a_col=*/1, values_, grad_n, in_.k,
+                 /*accumulate=*/false);
+    }
+  }
+
+ private:
+  const Inputs& in_;
+  const T* grad_y_;
+  T gamma_;
+  const int32_t* bf16_ = nullptr;
+  const T* values_ = nullptr;
+};
+
+/// grad_x, and through the norm if there is one.
+template <class T>
+void backward_x(const Inputs& in, const at::Tensor& weight, const T* grad_y, T* grad_x, T* grad_norm_scale) {
+  const auto weights = ternary_weights<T>(weight, in.quantizer);
+  const ProductWithWeights<T> product(in, weight, *weights, grad_y);
   if (!in.norm_scale.defined()) {
-    at::parallel_for(0, m, kRowBlock,
-                     [&](int64_t begin, int64_t end) { product(begin, end, grad_x + begin * k); });
+    at::parallel_for(0, in.m, kRowBlock, [&](int64_t first, int64_t last) {
+      std::vector<int32_t> pairs;
+      for_row_blocks(first, last, kRowBlock,
+                     [&](int64_t begin, int64_t end) { product(begin, end, pairs, grad_x + begin * in.k); });
+    });
     return;
   }
-  sum_over_rows(m, k, grad_norm_scale.mutable_data_ptr<T>(), [&](int64_t first, int64_t last, T* partial) {
-    std::vector<T> grad_n(kRowBlock * k);
-    for_row_blocks(first, last, [&](int64_t begin, int64_t end) {
-      product(begin, end, grad_n.data());
-      table.rms_norm_backward(end - begin, k, grad_n.data(), in.x.const_data_ptr<T>() + begin * k,
-                              in.norm_scale.const_data_ptr<T>(), static_cast<T>(in.eps), grad_x + begin * k,
-                              partial);
+  sum_over_rows(in.m, in.k, grad_norm_scale, [&](int64_t first, int64_t last, T* partial) {
+    std::vector<T> grad_n(kRowBlock * in.k);
+    std::vector<int32_t> pairs;
+    for_row_blocks(first, last, kRowBlock, [&](int64_t begin, int64_t end) {
+      product(begin, end, pairs, grad_n.data());
+      kernels::table<T>().rms_norm_backward(
+          end - begin, in.k, grad_n.data(), in.x.const_data_ptr<T>() + begin * in.k,
+          in.norm_scale.const_data_ptr<T>(), static_cast<T>(in.eps), grad_x + begin * in.k, partial);
     });
   });
 }
 
-/// Rows first .. last of what entered the product, a = n or q / s.
+/// The rows that entered the product, packed for grad_weight = grad_yᵀ · a: blocks of kDepth rows, of which
+/// a chunk is held at once. In bfloat16 they are q, and 1 / s goes to grad_y.
 template <class T>
-void product_rows(const Inputs& in, int64_t first, int64_t last, T* a) {
-  const auto& table = kernels::table<T>();
-  const int64_t k = in.x.size(1);
-  at::parallel_for(first, last, kRowBlock, [&](int64_t from, int64_t to) {
-    Int8Rows<T> int8(k);
-    for_row_blocks(from, to, [&](int64_t begin, int64_t end) {
-      const T* n = in.x.const_data_ptr<T>() + begin * k;
-      T* out = a + (begin - first) * k;
-      if (in.norm_scale.defined()) {
-        table.rms_norm(end - begin, k, n, in.norm_scale.const_data_ptr<T>(), static_cast<T>(in.eps), out);
-        n = out;
-      }
-      if (in.int8) {
-        table.quantize_rows(end - begin, k, n, int8.q.data(), int8.inverse_scale.data(), int8.row_sum.data());
-        table.dequantize_rows(end - begin, k, int8.q.data(), int8.inverse_scale.data(), out);
-      }
-    });
-  });
-}
+class PackedRows {
+ public:
+  explicit PackedRows(const Inputs& in)
+      : in_(in),
+        bf16_(uses_bf16<T>(in)),
+        width_(round_up(in.k, bf16_ ? kernels::table<T>().bf16_panel : kernels::table<T>().gemm_panel)),
+        rows_(round_up(std::min(in.m, kChunkRows), kDepth)),
+        pairs_(bf16_ ? rows_ / 2 * width_ : 0),
+        values_(bf16_ ? 0 : rows_ * width_),
+        inverse_scale_(bf16_ ? rows_ : 0) {}
 
-/// grad_weight += grad_yᵀ · a, over blocks of rows one after the other, so that a is never held whole.
-/// Threads share the rows of grad_weight: no sum is split between them.
-template <class T>
-void backward_weight(const Inputs& in, const T* grad_y, T* grad_weight) {
-  constexpr int64_t kDepth = 256;
-  const auto& table = kernels::table<T>();
-  const int64_t m = in.x.size(0), k = in.x.size(1), n = in.weight.size(0), panel = table.gemm_panel;
-  const bool x_is_a = !in.int8 && !in.norm_scale.defined();
-  std::vector<T> buffer(x_is_a ? 0 : kDepth * k), packed(kDepth * round_up(k, panel));
-  for (int64_t begin = 0; begin < m; begin += kDepth) {
-    const int64_t depth = std::min(kDepth, m - begin);
-    if (!x_is_a) product_rows(in, begin, begin + depth, buffer.data());
-    const T* a = x_is_a ? in.x.const_data_ptr<T>() + begin * k : buffer.data();
-    for_panels(k, panel, depth, [&](int64_t from, int64_t to) {
-      table.gemm_pack(depth, to - from, a + from, /*row_stride=*/k, /*col_stride=*/1,
-                      packed.data() + from * depth);
-    });
-    at::parallel_for(0, n, row_grain(k), [&](int64_t from, int64_t to) {
-      table.gemm(to - from, k, depth, grad_y + begin * n + from, /*a_row=*/1, /*a_col=*/n, packed.data(),
-                 grad_weight + from * k, k, /*accumulate=*/true);
+  /// Takes rows first .. last, a chunk.
+  void pack(int64_t first, int64_t last) {
+    at::parallel_for(0, (last - first + kDepth - 1) / kDepth, 1, [&](int64_t from, int64_t to) {
+      NormedRows<T> normed(in_, kDepth);
+      Quantizing<T> quantized(in_, kDepth);
+      std::vector<T> buffer(in_.int8 && !bf16_ ? kDepth * in_.k : 0);
+      for (int64_t block = from; block < to; ++block) {
+        const int64_t begin = first + block * kDepth, end = std::min(last, begin + kDepth);
+        const T* rows =
+            in_.int8 ? pack_int8(begin, end, block, quantized, buffer.data()) : normed(begin, end);
+        if (rows == nullptr) continue;
+        kernels::table<T>().gemm_pack(end - begin, in_.k, rows, /*row_stride=*/in_.k, /*col_stride=*/1,
+                                      values_.data() + block * kDepth * width_);
+      }
     });
   }
+
+  /// grad (count, K) += grad_y (rows, count)ᵀ · the rows of a block; grad_y's rows lie N apart.
+  void multiply(int64_t block, int64_t rows, int64_t count, const T* grad_y, std::vector<int32_t>& strips,
+                T* grad, bool accumulate) const {
+    const auto& table = kernels::table<T>();
+    if (bf16_) {
+      const int64_t pairs = (rows + 1) / 2, panel = table.bf16_panel;
+      strips.resize(kDepth / 2 * round_up(count, panel));
+      table.bf16_pack(rows, count, grad_y, in_.n, inverse_scale_.data() + block * kDepth, strips.data());
+      table.gemm_bf16(count, in_.k, rows, {strips.data(), 1, panel, panel * pairs},
+                      pairs_.data() + block * kDepth / 2 * width_, /*alpha=*/T(1), grad, in_.k, accumulate);
+    } else {
+      table.gemm(count, in_.k, rows, grad_y, /*a_row=*/1, /*a_col=*/in_.n,
+                 values_.data() + block * kDepth * width_, grad, in_.k, accumulate);
+    }
+  }
+
+ private:
+  /// Int8 rows, kept by the forward or quantized again: packed in bfloat16, or as floats in `buffer`.
+  const T* pack_int8(int64_t begin, int64_t end, int64_t block, Quantizing<T>& quantized, T* buffer) {
+    const auto& table = kernels::table<T>();
+    const Int8Rows<T> a = in_.x.defined()
+                              ? quantized(begin, end)
+                              : Int8Rows<T>{in_.q.const_data_ptr<int8_t>() + begin * in_.q.size(1),
+                                            in_.inverse_scale.const_data_ptr<T>() + begin, nullptr};
+    if (!bf16_) {
+      table.dequantize_rows(end - begin, in_.k, a.q, a.inverse_scale, buffer);
+      return buffer;
+    }
+    std::copy_n(a.inverse_scale, end - begin, inverse_scale_.data() + block * kDepth);
+    table.bf16_pack_int8(end - begin, in_.k, a.q, round_up(in_.k, 4),
+                         pairs_.data() + block * kDepth / 2 * width_);
+    return nullptr;
+  }
+
+  const Inputs& in_;
+  bool bf16_;
+  int64_t width_, rows_;
+  std::vector<int32_t> pairs_;
+  std::vector<T> values_, inverse_scale_;
+};
+
+/// grad_weight = grad_yᵀ · a. Threads share the rows of grad_weight: no sum is split between them.
+template <class T>
+void backward_weight(const Inputs& in, const T* grad_y, T* grad_weight) {
+  constexpr int64_t kStrip = 48;  // whole tiles of every kernel
+  PackedRows<T> a(in);
+  for_row_blocks(0, in.m, kChunkRows, [&](int64_t first, int64_t last) {
+    a.pack(first, last);
+    at::parallel_for(0, (in.n + kStrip - 1) / kStrip, 1, [&](int64_t from, int64_t to) {
+      std::vector<int32_t> strips;
+      const int64_t row = from * kStrip, count = std::min(in.n, to * kStrip) - row;
+      for_row_blocks(first, last, kDepth, [&](int64_t begin, int64_t end) {
+        a.multiply((begin - first) / kDepth, end - begin, count, grad_y + begin * in.n + row, strips,
+                   grad_weight + row * in.k, /*accumulate=*/begin > 0);
+      });
+    });
+  });
 }
 
-Gradients bit_linear_backward_cpu(const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& weight,
-                                  const std::optional<at::Tensor>& norm_scale, std::string_view quantizer,
-                                  std::string_view activation, double eps) {
-  new_gradients(grad_y, x, weight, norm_scale, quantizer, activation, eps);
-  const Inputs in(x, weight, norm_scale, quantizer, activation, eps);
-  const at::Tensor g = kernel_input(grad_y, x);
-  at::Tensor grad_x = at::empty(x.sizes(), in.x.options()), grad_weight = at::zeros_like(in.weight);
-  at::Tensor grad_norm_scale = norm_scale ? at::zeros_like(in.norm_scale) : at::empty({0}, in.x.options());
-  dispatch(x, [&](auto t) {
+ThreeTensors backward_cpu(const at::Tensor& grad_y, const OptionalTensor& x, const OptionalTensor& q,
+                          const OptionalTensor& inverse_scale, const at::Tensor& weight,
+                          const OptionalTensor& norm_scale, std::string_view quantizer,
+                          std::string_view activation, double eps, std::array<bool, 3> output_mask) {
+  auto out =
+      new_gradients(grad_y, x, q, inverse_scale, weight, norm_scale, quantizer, activation, eps, output_mask);
+  auto& [grad_x, grad_weight, grad_norm_scale] = out;
+  if (grad_y.numel() == 0) {
+    for (at::Tensor* grad : {&grad_x, &grad_weight, &grad_norm_scale}) {
+      if (grad->defined()) grad->zero_();
+    }
+    return out;
+  }
+  Inputs in;
+  in.k = weight.size(1), in.n = weight.size(0), in.m = grad_y.numel() / in.n;
+  if (x) in.x = kernel_input(*x, *x).view({in.m, in.k});
+  if (norm_scale) in.norm_scale = kernel_input(*norm_scale, weight);
+  if (q) in.q = q->contiguous(), in.inverse_scale = inverse_scale->contiguous();
+  in.eps = eps;
+  in.int8 = parse_activation(activation);
+  in.quantizer = parse_quantizer(quantizer);
+  const at::Tensor g = kernel_input(grad_y, weight);
+  const bool needs_x = grad_x.defined() || grad_norm_scale.defined();
+  const at::Tensor dx = needs_x ? at::empty({in.m, in.k}, g.options()) : no_grad();
+  const at::Tensor dw = grad_weight.defined() ? at::empty(weight.sizes(), g.options()) : no_grad();
+  const at::Tensor dscale = norm_scale ? at::empty(norm_scale->sizes(), g.options()) : no_grad();
+  dispatch(weight, [&](auto t) {
     using T = decltype(t);
-    backward_x<T>(in, g.const_data_ptr<T>(), grad_x.mutable_data_ptr<T>(), grad_norm_scale);
-    backward_weight<T>(in, g.const_data_ptr<T>(), grad_weight.mutable_data_ptr<T>());
+    if (needs_x) {
+      backward_x<T>(in, weight, g.const_data_ptr<T>(), dx.mutable_data_ptr<T>(),
+                    dscale.defined() ? dscale.mutable_data_ptr<T>() : nullptr);
+    }
+    if (dw.defined()) backward_weight<T>(in, g.const_data_ptr<T>(), dw.mutable_data_ptr<T>());
   });
-  const auto dtype = x.scalar_type();
-  return {grad_x.to(dtype), grad_weight.to(dtype), grad_norm_scale.to(dtype)};
+  const auto dtype = weight.scalar_type();
+  if (grad_x.defined()) grad_x = dx.view(grad_x.sizes()).to(dtype);
+  if (grad_weight.defined()) grad_weight = dw.to(dtype);
+  if (grad_norm_scale.defined()) grad_norm_scale = dscale.to(dtype);
+  return out;
 }
+
+// ---- autograd ----
 
 struct BitLinear : torch::autograd::Function<BitLinear> {
-  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x,
-                            const at::Tensor& weight, const std::optional<at::Tensor>& norm_scale,
-                            std::string_view quantizer, std::string_view activation, double eps) {
+  static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x,
+                                                const at::Tensor& weight, const OptionalTensor& norm_scale,
+                                                const std::string& quantizer, const std::string& activation,
+                                                double eps) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    ctx->save_for_backward({x, weight, norm_scale.value_or(at::Tensor())});
-    ctx->saved_data["quantizer"] = std::string(quantizer);
-    ctx->saved_data["activation"] = std::string(activation);
+    auto [y, q, inverse_scale] = flashlm::forward(x, weight, norm_scale, quantizer, activation, eps);
+    ctx->mark_non_differentiable({q, inverse_scale});
+    // The int8 rows are a quarter of x, which may then be freed.
+    const bool keeps_x = activation != "int8" || norm_scale.has_value();
+    ctx->save_for_backward({keeps_x ? x : at::Tensor(), keeps_x ? at::Tensor() : q,
+                            keeps_x ? at::Tensor() : inverse_scale, weight,
+                            norm_scale.value_or(at::Tensor())});
+    ctx->saved_data["quantizer"] = quantizer;
+    ctx->saved_data["activation"] = activation;
     ctx->saved_data["eps"] = eps;
-    return bit_linear(x, weight, norm_scale, quantizer, activation, eps);
+    return {y, q, inverse_scale};
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  const torch::autograd::variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
-    const auto norm_scale = saved[2].defined() ? std::optional(saved[2]) : std::nullopt;
-    auto [grad_x, grad_weight, grad_norm_scale] = bit_linear_backward(
-        grads[0], saved[0], saved[1], norm_scale, ctx->saved_data["quantizer"].toStringView(),
-        ctx->saved_data["activation"].toStringView(), ctx->saved_data["eps"].toDouble());
-    return {grad_x, grad_weight, norm_scale ? grad_norm_scale : no_grad(), no_grad(), no_grad(), no_grad()};
+    const auto optional = [&](size_t i) {
+      return saved[i].defined() ? OptionalTensor(saved[i]) : std::nullopt;
+    };
+    auto& data = ctx->saved_data;
+    // A missing norm_scale is not counted by needs_input_grad.
+    auto [grad_x, grad_weight, grad_norm_scale] = flashlm::backward(
+        grads[0], optional(0), optional(1), optional(2), saved[3], optional(4),
+        data["quantizer"].toStringView(), data["activation"].toStringView(), data["eps"].toDouble(),
+        {ctx->needs_input_grad(0), ctx->needs_input_grad(1), saved[4].defined() && ctx->needs_input_grad(2)});
+    return {grad_x, grad_weight, grad_norm_scale, no_grad(), no_grad(), no_grad()};
   }
 };
 
-at::Tensor bit_linear_autograd(const at::Tensor& x, const at::Tensor& weight,
-                               const std::optional<at::Tensor>& norm_scale, std::string_view quantizer,
-                               std::string_view activation, double eps) {
-  return BitLinear::apply(x, weight, norm_scale, quantizer, activation, eps);
+ThreeTensors forward_autograd(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& norm_scale,
+                              std::string_view quantizer, std::string_view activation, double eps) {
+  auto out = BitLinear::apply(x, weight, norm_scale, std::string(quantizer), std::string(activation), eps);
+  return {out[0], out[1], out[2]};
 }
 
 }  // namespace
 
+TORCH_LIBRARY_IMPL(flashlm, CompositeImplicitAutograd, m) { m.impl("bit_linear", composite); }
 TORCH_LIBRARY_IMPL(flashlm, CPU, m) {
-  m.impl("bit_linear", bit_linear_cpu);
-  m.impl("_bit_linear_backward", bit_linear_backward_cpu);
+  m.impl("_bit_linear_forward", forward_cpu);
+  m.impl("_bit_linear_backward", backward_cpu);
 }
 TORCH_LIBRARY_IMPL(flashlm, Meta, m) {
-  m.impl("bit_linear", new_output);
+  m.impl("_bit_linear_forward", new_outputs);
   m.impl("_bit_linear_backward", new_gradients);
 }
 TORCH_LIBRARY_IMPL(flashlm, Autograd, m) {
-  m.impl("bit_linear", bit_linear_autograd);
+  m.impl("_bit_linear_forward", forward_autograd);
   m.impl("_bit_linear_backward", torch::autograd::autogradNotImplementedFallback());
 }
 

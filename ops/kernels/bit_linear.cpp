@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Ternary weights times int8 rows. Weights are stored as code + 1 in {0, 1, 2}, unsigned, so that one
-// instruction (vpmaddubsw) multiplies them by signed activations and adds neighbours in pairs; the row sum of
-// the activations, which is what the + 1 adds, is taken off again. Everything between quantization and the
-// final scaling is integer, so all levels agree bit for bit.
+// instruction multiplies them by signed activations and adds neighbours in fours (dot4) or in pairs
+// (vpmaddubsw); the row sum of the activations, which is what the + 1 adds, is taken off again. Everything
+// between quantization and the final scaling is integer, so all levels agree bit for bit.
+#include "ops/kernels/dot4.h"
+#include "ops/kernels/dot_tile.h"
 #include "ops/kernels/families.h"
 #include "ops/kernels/vec.h"
 
@@ -17,10 +19,10 @@ namespace {
 constexpr int64_t kGroup = 4;
 constexpr int64_t kOutputs = kVectorBytes / kGroup;
 
-// A tile of kTileRows x kTilePanels vectors has that many 16-bit accumulators, live beside kTilePanels
-// vectors of weights and one of activations: 8 + 2 + 1 of 16 registers, or 16 + 2 + 1 of 32.
-constexpr int64_t kTileRows = kRegisters == 32 ? 8 : 4;
-constexpr int64_t kTilePanels = 2;
+// A tile of kTileRows x kTilePanels vectors: its sums live beside kTilePanels vectors of weights and one of
+// activations, 24 + 4 + 1 of 32 registers or 8 + 2 + 1 (+ a product, where there is no dot4) of 16.
+constexpr int64_t kTileRows = kRegisters == 32 ? 6 : 4;
+constexpr int64_t kTilePanels = kRegisters == 32 ? 4 : 2;
 
 // Additions into a 16-bit lane before it is widened. One addition is a pair of products u*q with u in
 // {0, 1, 2} and q in [-128, 127]: between -512 and 508. 64 of them stay in [-32768, 32512], which is int16;
@@ -74,6 +76,37 @@ double abs_sum(int64_t n, const T* w) {
   for (int64_t s = 0; s < kSums; ++s) total += sum[s / lanes][s % lanes];
   for (; i < n; ++i) total += __builtin_fabs(static_cast<double>(w[i]));
   return total;
+}
+
+uint64_t fingerprint(int64_t bytes, const void* data) {
+  // Every lane of every chain is a polynomial in an odd number, mod 2^32, of the words that pass through it:
+  // a step is a bijection of what came before, so a change of one word always shows.
+  constexpr int64_t kChains = 4;
+  constexpr int64_t kStep = kChains * kVectorBytes;
+  const Vec<uint32_t> factor = broadcast<uint32_t>(0x9e3779b1u);
+  const char* from = static_cast<const char*>(data);
+  Vec<uint32_t> chain[kChains] = {};
+  const auto step = [&](const char* words) {
+#pragma GCC unroll 4
+    for (int64_t c = 0; c < kChains; ++c) {
+      Vec<uint32_t> v;
+      memcpy(&v, words + c * kVectorBytes, sizeof v);
+      chain[c] = chain[c] * factor + v;
+    }
+  };
+  int64_t i = 0;
+  for (; i + kStep <= bytes; i += kStep) step(from + i);
+  char rest[kStep] = {};
+  memcpy(rest, from + i, static_cast<size_t>(bytes - i));
+  step(rest);
+  uint64_t hash = static_cast<uint64_t>(bytes);
+  for (int64_t c = 0; c < kChains; ++c) {
+    for (int64_t lane = 0; lane < kLanes<uint32_t>; ++lane) {
+      hash = (hash ^ chain[c][lane]) * 0x9e3779b97f4a7c15u;
+      hash ^= hash >> 29;
+    }
+  }
+  return hash;
 }
 
 template <class T>
@@ -208,46 +241,39 @@ inline void store_scaled(T* y, Vec<int32_t> sum, T factor, int64_t width) {
 template <class T, int64_t rows, int64_t panels>
 void tile(const Operands<T>& o, int64_t width) {
   Vec<int32_t> sum[rows][panels];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int64_t i = 0; i < rows; ++i) {
-#pragma GCC unroll 2
+#pragma GCC unroll 8
     for (int64_t c = 0; c < panels; ++c) sum[i][c] = broadcast<int32_t>(-o.row_sum[i]);
   }
-  for (int64_t begin = 0; begin < o.padded; begin += kDepth) {
-    const int64_t end = min_of(o.padded, begin + kDepth);
-    Vec<int16_t> part[rows][panels] = {};
-    for (int64_t p = begin; p < end; p += kGroup) {
-      Vec<int16_t> w[panels];
-#pragma GCC unroll 2
-      for (int64_t c = 0; c < panels; ++c) {
-        w[c] = (Vec<int16_t>)load(o.packed + (c * o.padded + p) * kOutputs);
-      }
-#pragma GCC unroll 8
+  const int64_t groups = o.padded / kGroup;
+  if constexpr (kHasDot4) {
+    dot_tile(groups, {o.q, groups, 1}, o.packed, groups, sum,
+             [](auto s, auto w, auto a) { return dot4(s, w, a); });
+  } else {
+    for (int64_t begin = 0; begin < o.padded; begin += kDepth) {
+      const int64_t depth = min_of(kDepth, o.padded - begin) / kGroup;
+      Vec<int16_t> part[rows][panels] = {};
+      dot_tile(depth, {o.q + begin, groups, 1}, o.packed + begin * kOutputs, groups, part,
+               [](auto s, auto w, auto a) { return s + pair_products((Vec<int16_t>)w, (Vec<int16_t>)a); });
+#pragma GCC unroll 16
       for (int64_t i = 0; i < rows; ++i) {
-        int32_t four;
-        memcpy(&four, o.q + i * o.padded + p, sizeof four);
-        const Vec<int16_t> a = (Vec<int16_t>)broadcast(four);
-#pragma GCC unroll 2
-        for (int64_t c = 0; c < panels; ++c) part[i][c] += pair_products(w[c], a);
-      }
-    }
 #pragma GCC unroll 8
-    for (int64_t i = 0; i < rows; ++i) {
-#pragma GCC unroll 2
-      for (int64_t c = 0; c < panels; ++c) sum[i][c] += pair_sums(part[i][c]);
+        for (int64_t c = 0; c < panels; ++c) sum[i][c] += pair_sums(part[i][c]);
+      }
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int64_t i = 0; i < rows; ++i) {
     const T factor = o.gamma * o.inverse_scale[i];
-#pragma GCC unroll 2
+#pragma GCC unroll 8
     for (int64_t c = 0; c < panels; ++c) {
       store_scaled(o.y + i * o.y_row + c * kOutputs, sum[i][c], factor, width - c * kOutputs);
     }
   }
 }
 
-/// All m rows of one column of tiles: in tiles of `rows`, and what is left in tiles of half of that.
+/// All m rows of one column of tiles: in tiles of `rows`, and what is left in smaller ones.
 template <class T, int64_t panels, int64_t rows = kTileRows>
 void column(int64_t m, Operands<T> o, int64_t width) {
   for (; m >= rows; m -= rows) {
@@ -260,12 +286,21 @@ void column(int64_t m, Operands<T> o, int64_t width) {
   if constexpr (rows > 1) column<T, panels, rows / 2>(m, o, width);
 }
 
+/// The last, narrower column of tiles.
+template <class T, int64_t panels>
+void narrow_column(int64_t m, const Operands<T>& o, int64_t width) {
+  if constexpr (panels > 1) {
+    if (width <= (panels - 1) * kOutputs) return narrow_column<T, panels - 1>(m, o, width);
+  }
+  column<T, panels>(m, o, width);
+}
+
 template <class T>
 void gemm(int64_t m, int64_t n, int64_t k, const int8_t* q, const int32_t* row_sum, const T* inverse_scale,
           const uint8_t* packed, T gamma, T* y, int64_t y_row) {
   Operands<T> o = {round_up(k, kGroup), q, row_sum, inverse_scale, packed, gamma, y, y_row};
   for (int64_t width = n; width > 0; width -= kTilePanels * kOutputs) {
-    width > kOutputs ? column<T, kTilePanels>(m, o, width) : column<T, 1>(m, o, width);
+    narrow_column<T, kTilePanels>(m, o, width);
     o.packed += kTilePanels * kOutputs * o.padded;
     o.y += kTilePanels * kOutputs;
   }
@@ -276,6 +311,7 @@ void gemm(int64_t m, int64_t n, int64_t k, const int8_t* q, const int32_t* row_s
 template <class T>
 void add_bit_linear(Table<T>& table) {
   table.abs_sum = abs_sum<T>;
+  table.fingerprint = fingerprint;
   table.ternary_codes = ternary_codes<T>;
   table.ternary_values = ternary_values<T>;
   table.quantize_rows = quantize_rows<T>;

@@ -21,12 +21,23 @@ struct Conv1d {
   int64_t groups, in, out, taps, dilation;
 };
 
+/// Pairs of bfloat16, neighbours along the depth, lower half first: pair p of row i is
+/// first[i / bf16_panel * strip + i % bf16_panel * row + p * column].
+struct PairRows {
+  const int32_t* first;
+  int64_t row, column, strip;
+};
+
 template <class T>
 struct Table {
   // ---- bit_linear: ternary weights Q in {-1, 0, 1}, int8 rows; formulas in ops/bit_linear.h ----
 
   /// sum |w|. In double and in a fixed order: the same value on every level.
   double (*abs_sum)(int64_t n, const T* w);
+
+  /// A hash of the bytes, at the speed of reading them: any change within one 32-bit word changes it, changes
+  /// in several go unseen with a chance of 2^-32 or less. Differs between levels.
+  uint64_t (*fingerprint)(int64_t bytes, const void* data);
 
   /// codes = 1 where w > bound, -1 where w < -bound, else 0.
   void (*ternary_codes)(int64_t n, const T* w, T bound, int8_t* codes);
@@ -90,6 +101,28 @@ struct Table {
   /// C (m, n) = A·B (+ C if accumulate); A(i, p) = a[i * a_row + p * a_col], C(i, j) = c[i * c_row + j].
   void (*gemm)(int64_t m, int64_t n, int64_t k, const T* a, int64_t a_row, int64_t a_col, const T* packed,
                T* c, int64_t c_row, bool accumulate);
+
+  // ---- gemm_bf16: C = alpha A·B, or C += alpha A·B, operands rounded to bfloat16, sums in float32. Only of
+  // Table<float>, and only where the CPU has such a product: elsewhere bf16_panel is 0, the functions null
+  // ----
+
+  /// Columns in one packed panel of B, rows in one strip of A.
+  int64_t bf16_panel;
+
+  /// A row-major, row = (k + 1) / 2: x (rows, k), row r at x + r * x_row, paired along each row.
+  void (*bf16_pack_rows)(int64_t rows, int64_t k, const T* x, int64_t x_row, int32_t* pairs);
+
+  /// B (depth, n), row p at b + p * b_row, times factor[p] (all 1 if null), into panels of bf16_panel
+  /// columns, the last one filled up with zeros; or Aᵀ into strips: row = 1, column = bf16_panel, strip =
+  /// bf16_panel * (depth + 1) / 2. `packed` holds (depth + 1) / 2 * round_up(n, bf16_panel) pairs.
+  void (*bf16_pack)(int64_t depth, int64_t n, const T* b, int64_t b_row, const T* factor, int32_t* packed);
+
+  /// The same from int8, which bfloat16 holds exactly.
+  void (*bf16_pack_int8)(int64_t depth, int64_t n, const int8_t* b, int64_t b_row, int32_t* packed);
+
+  /// C (m, n), C(i, j) = c[i * c_row + j]. `packed` as bf16_pack leaves it.
+  void (*gemm_bf16)(int64_t m, int64_t n, int64_t depth, PairRows a, const int32_t* packed, T alpha, T* c,
+                    int64_t c_row, bool accumulate);
 
   // ---- rms_norm: y = x * rstd * scale, rstd = 1 / sqrt(mean(x^2) + eps) ----
 

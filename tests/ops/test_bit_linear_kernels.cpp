@@ -142,6 +142,32 @@ TEST_CASE("abs_sum is the same double on every level", "[bit_linear]") {
   }
 }
 
+TEST_CASE("a fingerprint sees every change of one value, and the length", "[bit_linear]") {
+  for_each_table([](const auto& t) {
+    std::vector<int32_t> data(300);
+    for (int64_t n : {0, 1, 15, 16, 63, 64, 65, 128, 299}) {
+      const auto of = [&](int64_t bytes) { return t.fingerprint(bytes, data.data() + 1); };
+      const uint64_t before = of(4 * n);
+      REQUIRE(of(4 * n) == before);
+      for (int64_t i = 0; i < n; ++i) {
+        for (int32_t change : {1, -1, 1 << 31, 1 << 16}) {
+          data[1 + i] ^= change;
+          REQUIRE(of(4 * n) != before);
+          data[1 + i] ^= change;
+        }
+      }
+      if (n > 1) {
+        data[1] = 7;
+        const uint64_t first = of(4 * n);
+        std::swap(data[1], data[n]);
+        REQUIRE(of(4 * n) != first);
+        data[n] = 0;
+      }
+      REQUIRE(of(4 * n + 1) != before);  // zeros, too
+    }
+  });
+}
+
 TEST_CASE("ternary codes and values follow the bound at every length", "[bit_linear]") {
   for_each_table([](const auto& t) {
     using T = decltype(element_of(t));

@@ -1,0 +1,198 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "ops/ternary_weights.h"
+
+#include <cmath>
+#include <limits>
+#include <map>
+
+namespace flashlm {
+namespace {
+
+using kernels::Quantizer;
+
+int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+/// body(first, last) for whole panels of a packed matrix of `width` columns, in parallel.
+template <class Body>
+void for_panels(int64_t width, int64_t panel, int64_t depth, const Body& body) {
+  at::parallel_for(0, round_up(width, panel) / panel, row_grain(panel * depth),
+                   [&](int64_t begin, int64_t end) {
+                     for (int64_t p = begin; p < end; ++p) body(p * panel, std::min(width, (p + 1) * panel));
+                   });
+}
+
+/// The (k, n) matrix B(i, j) = gamma Q(i * row_stride + j * col_stride) as kernels::gemm takes it: packed
+/// first, quantized in place.
+template <class T>
+at::Tensor pack_values(int64_t k, int64_t n, const at::Tensor& weight, int64_t row_stride, int64_t col_stride,
+                       TernaryScale<T> scale) {
+  const auto& table = kernels::table<T>();
+  const int64_t panel = table.gemm_panel;
+  at::Tensor packed = at::empty({k * round_up(n, panel)}, weight.options());
+  for_panels(n, panel, k, [&](int64_t begin, int64_t end) {
+    T* to = packed.mutable_data_ptr<T>() + begin * k;
+    table.gemm_pack(k, end - begin, weight.const_data_ptr<T>() + begin * col_stride, row_stride, col_stride,
+                    to);
+    table.ternary_values(k * panel, to, scale.bound, scale.gamma, to);
+  });
+  return packed;
+}
+
+template <class T>
+at::Tensor pack_codes(const at::Tensor& weight, TernaryScale<T> scale) {
+  const auto& table = kernels::table<T>();
+  const int64_t n = weight.size(0), k = weight.size(1), panel = table.ternary_panel;
+  at::Tensor packed = at::empty({round_up(n, panel) * round_up(k, 4)}, weight.options().dtype(at::kByte));
+  for_panels(n, panel, k, [&](int64_t begin, int64_t end) {
+    std::vector<int8_t> codes((end - begin) * k);
+    table.ternary_codes((end - begin) * k, weight.const_data_ptr<T>() + begin * k, scale.bound, codes.data());
+    table.ternary_pack(end - begin, k, codes.data(),
+                       packed.mutable_data_ptr<uint8_t>() + begin * round_up(k, 4));
+  });
+  return packed;
+}
+
+template <class T>
+at::Tensor pack_bf16_transposed(const at::Tensor& weight, TernaryScale<T> scale) {
+  const auto& table = kernels::table<T>();
+  const int64_t n = weight.size(0), k = weight.size(1), panel = table.bf16_panel;
+  const int64_t pairs = (n + 1) / 2;
+  at::Tensor packed = at::empty({pairs * round_up(k, panel)}, weight.options().dtype(at::kInt));
+  std::vector<int8_t> codes(n * k);
+  at::parallel_for(0, n, row_grain(k), [&](int64_t begin, int64_t end) {
+    table.ternary_codes((end - begin) * k, weight.const_data_ptr<T>() + begin * k, scale.bound,
+                        codes.data() + begin * k);
+  });
+  for_panels(k, panel, n, [&](int64_t begin, int64_t end) {
+    table.bf16_pack_int8(n, end - begin, codes.data() + begin, k,
+                         packed.mutable_data_ptr<int32_t>() + begin * pairs);
+  });
+  return packed;
+}
+
+uint64_t fingerprint(const at::Tensor& weight) {
+  constexpr int64_t kChunk = 256 * 1024;
+  const at::Tensor contiguous = weight.contiguous();
+  const char* bytes = static_cast<const char*>(contiguous.const_data_ptr());
+  const int64_t size = static_cast<int64_t>(contiguous.nbytes());
+  std::vector<uint64_t> hashes((size + kChunk - 1) / kChunk);
+  at::parallel_for(0, static_cast<int64_t>(hashes.size()), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      hashes[i] =
+          kernels::table<float>().fingerprint(std::min(kChunk, size - i * kChunk), bytes + i * kChunk);
+    }
+  });
+  return kernels::table<float>().fingerprint(static_cast<int64_t>(hashes.size() * sizeof(uint64_t)),
+                                             hashes.data());
+}
+
+/// Where a weight lies and how it is read.
+using Key = std::tuple<const c10::StorageImpl*, const void*, int64_t, int64_t, int64_t, int64_t,
+                       at::ScalarType, Quantizer>;
+
+template <class T>
+struct Entry {
+  // A weak reference keeps the address from being given to another storage.
+  c10::weak_intrusive_ptr<c10::StorageImpl> storage;
+  int64_t version;
+  uint64_t fingerprint;
+  std::shared_ptr<TernaryWeights<T>> weights;
+};
+
+template <class T>
+struct Cache {
+  std::mutex mutex;
+  std::map<Key, Entry<T>> entries;
+};
+
+/// Never destroyed: it holds tensors, and outlives what else they need at exit.
+template <class T>
+Cache<T>& cache() {
+  static auto* const the_cache = new Cache<T>;
+  return *the_cache;
+}
+
+}  // namespace
+
+template <class T>
+TernaryScale<T> ternary_scale(const at::Tensor& weight, Quantizer quantizer) {
+  const T* w = weight.const_data_ptr<T>();
+  double sum = 0;
+  sum_over_rows(weight.numel(), 1, &sum, [&](int64_t begin, int64_t end, double* partial) {
+    *partial += kernels::table<T>().abs_sum(end - begin, w + begin);
+  });
+  const T mean = static_cast<T>(sum / static_cast<double>(weight.numel()));
+  // No weight is above a bound of NaN: without this, one broken weight would silence the layer.
+  if (!std::isfinite(mean)) return {std::numeric_limits<T>::quiet_NaN(), mean};
+  if (quantizer == Quantizer::kThreshold) return {T(1), mean};
+  const T gamma = std::max(mean, T(1e-5));
+  return {gamma, gamma / 2};
+}
+
+template <class T>
+TernaryWeights<T>::TernaryWeights(const at::Tensor& weight, Quantizer quantizer)
+    : scale_(ternary_scale<T>(kernel_input(weight, weight), quantizer)) {}
+
+template <class T>
+const at::Tensor& TernaryWeights<T>::packed(TernaryLayout layout, const at::Tensor& weight) {
+  const std::lock_guard lock(mutex_);
+  at::Tensor& packed = layouts_[static_cast<size_t>(layout)];
+  if (packed.defined()) return packed;
+  const at::Tensor w = kernel_input(weight, weight);
+  const int64_t n = w.size(0), k = w.size(1);
+  switch (layout) {
+    case TernaryLayout::kInt8:
+      packed = pack_codes<T>(w, scale_);
+      break;
+    case TernaryLayout::kFloat:
+      packed = pack_values<T>(k, n, w, /*row_stride=*/1, /*col_stride=*/k, scale_);
+      break;
+    case TernaryLayout::kFloatTransposed:
+      packed = pack_values<T>(n, k, w, /*row_stride=*/k, /*col_stride=*/1, scale_);
+      break;
+    case TernaryLayout::kBf16Transposed:
+      packed = pack_bf16_transposed<T>(w, scale_);
+      break;
+    case TernaryLayout::kCount:
+      TORCH_INTERNAL_ASSERT(false);
+  }
+  return packed;
+}
+
+template <class T>
+std::shared_ptr<TernaryWeights<T>> ternary_weights(const at::Tensor& weight, Quantizer quantizer) {
+  const c10::Storage& storage = weight.storage();
+  const Key key = {storage.unsafeGetStorageImpl(),
+                   weight.const_data_ptr(),
+                   weight.size(0),
+                   weight.size(1),
+                   weight.stride(0),
+                   weight.stride(1),
+                   weight.scalar_type(),
+                   quantizer};
+  const int64_t version = weight.is_inference() ? 0 : weight._version();
+  const uint64_t hash = fingerprint(weight);
+  Cache<T>& all = cache<T>();
+  {
+    const std::lock_guard lock(all.mutex);
+    const auto found = all.entries.find(key);
+    if (found != all.entries.end() && found->second.version == version && found->second.fingerprint == hash) {
+      return found->second.weights;
+    }
+  }
+  auto weights = std::make_shared<TernaryWeights<T>>(weight, quantizer);
+  const std::lock_guard lock(all.mutex);
+  if (all.entries.count(key) == 0)
+    std::erase_if(all.entries, [](const auto& e) { return e.second.storage.expired(); });
+  all.entries.insert_or_assign(key, Entry<T>{storage.getWeakStorageImpl(), version, hash, weights});
+  return weights;
+}
+
+template TernaryScale<float> ternary_scale(const at::Tensor&, Quantizer);
+template TernaryScale<double> ternary_scale(const at::Tensor&, Quantizer);
+template class TernaryWeights<float>;
+template class TernaryWeights<double>;
+template std::shared_ptr<TernaryWeights<float>> ternary_weights(const at::Tensor&, Quantizer);
+template std::shared_ptr<TernaryWeights<double>> ternary_weights(const at::Tensor&, Quantizer);
+
+}  // namespace flashlm

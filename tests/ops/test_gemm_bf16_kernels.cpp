@@ -1,0 +1,115 @@
+// SPDX-License-Identifier: Apache-2.0
+// The bfloat16 product on plain arrays, on the levels that have it. Small multiples of 1/8 are bfloat16
+// numbers with exact sums, so the results equal the plain loops bit for bit.
+#include <catch2/catch.hpp>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <vector>
+
+#include "ops/kernels/kernels.h"
+
+using namespace flashlm::kernels;
+
+namespace {
+
+/// Calls f(table) for every level that this machine runs and that multiplies bfloat16.
+template <class F>
+void for_each_table(const F& f) {
+  for (int64_t i = 0; i < levels().count; ++i) {
+    const Level& level = levels().first[i];
+    if (!level.supported() || level.float_table().bf16_panel == 0) continue;
+    INFO(level.name);
+    f(level.float_table());
+  }
+}
+
+/// The first element is never used, so that pointers are misaligned.
+std::vector<float> dyadic(int64_t n, uint32_t seed) {
+  std::mt19937 generator(seed);
+  std::vector<float> out(n + 1);
+  for (float& x : out) x = static_cast<float>(static_cast<int>(generator() % 33) - 16) / 8;
+  return out;
+}
+
+int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+float to_float(uint32_t bf16) {
+  bf16 <<= 16;
+  float value;
+  std::memcpy(&value, &bf16, sizeof value);
+  return value;
+}
+
+}  // namespace
+
+TEST_CASE("gemm_bf16 equals the triple loop at every size around its tile", "[gemm_bf16]") {
+  for_each_table([](const Table<float>& t) {
+    const int64_t panel = t.bf16_panel;
+    for (int64_t m : {0, 1, 2, 7, 8, 9, 16, 17, 33}) {
+      for (int64_t n : {int64_t{0}, int64_t{1}, panel, panel + 1, 2 * panel + 3, 3 * panel, 3 * panel + 1}) {
+        for (int64_t k : {0, 1, 2, 3, 33, 255, 256, 257, 515}) {
+          const int64_t a_row = k + 2, b_row = n + 1, c_row = n + 3, pairs = (k + 1) / 2;
+          const auto a = dyadic(m * a_row, 1), b = dyadic(k * b_row, 2), factor = dyadic(k, 4);
+          std::vector<float> c = dyadic(m * c_row, 3), added = c, want = c, want_added = c;
+          std::vector<float> a_transposed(k * m + 1);
+          for (int64_t i = 0; i < m; ++i) {
+            for (int64_t p = 0; p < k; ++p) a_transposed[1 + p * m + i] = a[1 + i * a_row + p];
+            for (int64_t j = 0; j < n; ++j) {
+              float sum = 0;
+              for (int64_t p = 0; p < k; ++p)
+                sum += a[1 + i * a_row + p] * b[1 + p * b_row + j] * factor[1 + p];
+              want[1 + i * c_row + j] = 0.5f * sum;
+              want_added[1 + i * c_row + j] += 0.5f * sum;
+            }
+          }
+          INFO("m " << m << " n " << n << " k " << k);
+          std::vector<int32_t> rows(m * pairs), packed(pairs * round_up(n, panel));
+          std::vector<int32_t> strips(pairs * round_up(m, panel));
+          // Rows of A as they are, the factor with B; then A by columns in strips with the factor, B without.
+          t.bf16_pack_rows(m, k, a.data() + 1, a_row, rows.data());
+          t.bf16_pack(k, n, b.data() + 1, b_row, factor.data() + 1, packed.data());
+          t.gemm_bf16(m, n, k, {rows.data(), pairs, 1, panel * pairs}, packed.data(), 0.5f, c.data() + 1,
+                      c_row,
+                      /*accumulate=*/false);
+          REQUIRE(c == want);
+          t.bf16_pack(k, n, b.data() + 1, b_row, nullptr, packed.data());
+          t.bf16_pack(k, m, a_transposed.data() + 1, m, factor.data() + 1, strips.data());
+          t.gemm_bf16(m, n, k, {strips.data(), 1, panel, panel * pairs}, packed.data(), 0.5f,
+                      added.data() + 1, c_row, /*accumulate=*/true);
+          REQUIRE(added == want_added);
+        }
+      }
+    }
+  });
+}
+
+TEST_CASE("bfloat16 packing holds int8 exactly and rounds floats to nearest, ties to even", "[gemm_bf16]") {
+  for_each_table([](const Table<float>& t) {
+    std::vector<int8_t> bytes(256);
+    std::vector<float> floats(256);
+    for (int i = 0; i < 256; ++i) floats[i] = bytes[i] = static_cast<int8_t>(i - 128);
+    std::vector<int32_t> from_bytes(128), from_floats(128);
+    t.bf16_pack_int8(16, 16, bytes.data(), 16, from_bytes.data());
+    t.bf16_pack(16, 16, floats.data(), 16, nullptr, from_floats.data());
+    REQUIRE(from_bytes == from_floats);
+    REQUIRE(to_float(static_cast<uint32_t>(from_bytes[0]) & 0xffff) == -128);
+    REQUIRE(to_float(static_cast<uint32_t>(from_bytes[0]) >> 16) == -112);
+    const float infinity = std::numeric_limits<float>::infinity();
+    const std::vector<float> x = {1 + 0x1p-8f, 1 + 0x3p-8f, -1 - 0x1.02p-8f, 3e38f, infinity, NAN};
+    const std::vector<float> want = {1, 1 + 0x4p-8f, -1 - 0x2p-8f, 3e38f, infinity, NAN};
+    std::vector<int32_t> pairs(3);
+    t.bf16_pack_rows(1, 6, x.data(), 6, pairs.data());
+    for (int i = 0; i < 6; ++i) {
+      const float got = to_float(static_cast<uint32_t>(pairs[i / 2]) >> (i % 2 * 16) & 0xffff);
+      if (std::isnan(want[i])) {
+        REQUIRE(std::isnan(got));
+      } else if (std::isinf(want[i])) {
+        REQUIRE(got == want[i]);
+      } else {
+        REQUIRE(got == Approx(want[i]).epsilon(i == 3 ? 4e-3 : 0));
+      }
+    }
+  });
+}
