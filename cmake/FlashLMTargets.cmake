@@ -37,6 +37,19 @@ function(flashlm_link_at_root target)
     COMMAND ${CMAKE_COMMAND} -E create_symlink $<TARGET_FILE:${target}> ${PROJECT_SOURCE_DIR}/${target})
 endfunction()
 
+# flashlm_cross_compile_catch2(): Catch2::Catch2WithMain for another processor. Catch2 2.13 is one header: the host's
+# will do, but in a folder of its own, because the rest of /usr/include will not.
+function(flashlm_cross_compile_catch2)
+  find_path(CATCH2_HEADER_DIR catch.hpp PATH_SUFFIXES catch2 REQUIRED NO_CMAKE_FIND_ROOT_PATH)
+  set(folder ${CMAKE_BINARY_DIR}/catch2)
+  file(CONFIGURE OUTPUT ${folder}/main.cpp CONTENT "#define CATCH_CONFIG_MAIN\n#include <catch2/catch.hpp>\n")
+  file(MAKE_DIRECTORY ${folder}/include)
+  file(CREATE_LINK ${CATCH2_HEADER_DIR} ${folder}/include/catch2 SYMBOLIC)
+  add_library(flashlm_catch2 STATIC ${folder}/main.cpp)
+  target_include_directories(flashlm_catch2 SYSTEM PUBLIC ${folder}/include)
+  add_library(Catch2::Catch2WithMain ALIAS flashlm_catch2)
+endfunction()
+
 # flashlm_test(NAME SOURCE... [LIBS TARGET...]): one Catch2 executable, one ctest entry of the same name.
 function(flashlm_test name)
   cmake_parse_arguments(ARG "" "" "LIBS" ${ARGN})

@@ -8,6 +8,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace flashlm::kernels {
@@ -23,6 +27,8 @@ FLASHLM_DECLARE_LEVEL(avx2)
 FLASHLM_DECLARE_LEVEL(avxvnni)
 FLASHLM_DECLARE_LEVEL(avx512)
 FLASHLM_DECLARE_LEVEL(avx512bf16)
+#elif defined(__aarch64__)
+FLASHLM_DECLARE_LEVEL(neon)
 #endif
 #undef FLASHLM_DECLARE_LEVEL
 
@@ -44,6 +50,19 @@ bool has_avx512() {
 }
 
 bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+#elif defined(__aarch64__)
+// The dot product; every CPU that has it has the rest of ARMv8.2.
+bool has_neon() {
+#if defined(__linux__)
+  return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+#elif defined(__APPLE__)
+  int has = 0;
+  size_t size = sizeof has;
+  return sysctlbyname("hw.optional.arm.FEAT_DotProd", &has, &size, nullptr, 0) == 0 && has != 0;
+#else
+  return false;
+#endif
+}
 #endif
 
 #define FLASHLM_LEVEL(level, supported) \
@@ -55,6 +74,8 @@ const Level kLevels[] = {
     FLASHLM_LEVEL(avxvnni, has_avxvnni),
     FLASHLM_LEVEL(avx512, has_avx512),
     FLASHLM_LEVEL(avx512bf16, has_avx512bf16),
+#elif defined(__aarch64__)
+    FLASHLM_LEVEL(neon, has_neon),
 #endif
 };
 #undef FLASHLM_LEVEL

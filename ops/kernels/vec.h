@@ -18,6 +18,9 @@ constexpr int64_t kRegisters = 32;
 #elif defined(__AVX2__)
 constexpr int64_t kVectorBytes = 32;
 constexpr int64_t kRegisters = 16;
+#elif defined(__aarch64__)
+constexpr int64_t kVectorBytes = 16;
+constexpr int64_t kRegisters = 32;
 #else
 constexpr int64_t kVectorBytes = 16;
 constexpr int64_t kRegisters = 16;
