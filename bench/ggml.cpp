@@ -157,7 +157,8 @@ std::string Ggml::description() const {
   const std::string sets = std::string(api_->has_avx2() ? " AVX2" : "") +
                            (api_->has_avx512() ? " AVX-512" : "") +
                            (api_->has_avx512_vnni() ? " AVX512-VNNI" : "");
-  return text + (sets.empty() ? " none of AVX2, AVX-512, AVX512-VNNI" : sets);
+  return text + (sets.empty() ? " none of AVX2, AVX-512, AVX512-VNNI" : sets) +
+         ", whatever level others are held to";
 }
 
 int64_t Ggml::padded(const std::string& format, int64_t k) const {
