@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <chrono>
 #include <cstdlib>
 #include <ctime>
@@ -28,6 +29,9 @@ struct Options {
   double seconds = 1;
   bool list = false;
 };
+
+/// LibTorch appends a backtrace to its messages.
+std::string first_line(const std::string& text) { return text.substr(0, text.find('\n')); }
 
 std::string cpu_name() {
   std::ifstream info("/proc/cpuinfo");
@@ -87,6 +91,9 @@ Result run_case(const Case& the_case, int threads, double seconds, const std::ve
     }
   } catch (const Skip& skip) {
     result.skipped = skip.what();
+  } catch (const std::exception& error) {  // the minutes that others took must not be lost
+    result.skipped = "failed: " + first_line(error.what());
+    result.failed = true;
   }
   return result;
 }
@@ -132,10 +139,14 @@ void run(const Options& options, const std::string& command) {
     }
   }
   std::cout << to_markdown(report);
-  if (options.out.empty()) return;
-  const std::filesystem::path folder = options.out;
-  write_file(folder / "bench.json", to_json(report));
-  write_file(folder / "bench.md", to_markdown(report));
+  if (!options.out.empty()) {
+    const std::filesystem::path folder = options.out;
+    write_file(folder / "bench.json", to_json(report));
+    write_file(folder / "bench.md", to_markdown(report));
+  }
+  const auto failures =
+      std::count_if(report.results.begin(), report.results.end(), [](const Result& r) { return r.failed; });
+  if (failures != 0) throw std::runtime_error(std::to_string(failures) + " of the cases failed; see above");
 }
 
 }  // namespace
@@ -173,8 +184,7 @@ int main(int argc, char** argv) {
   } catch (const std::regex_error& error) {
     std::cerr << "bench_ops: --filter '" << options.filter << "' is not a regular expression\n";
   } catch (const std::exception& error) {
-    const std::string text = error.what();
-    std::cerr << "bench_ops: " << text.substr(0, text.find('\n')) << "\n";  // LibTorch appends a backtrace
+    std::cerr << "bench_ops: " << flashlm::bench::first_line(error.what()) << "\n";
   }
   return 1;
 }

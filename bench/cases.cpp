@@ -227,13 +227,14 @@ TernaryKernels two_bit_kernels() {
 Case kernel_case(const Ggml* ggml, const TernaryKernels& ternary, int64_t m, int64_t k, int64_t n) {
   const auto make = [=] {
     if (ternary.gemm == nullptr) throw Skip(std::string("this build has no kernel ") + ternary.name);
-    constexpr int64_t kLargestPanel = 64;  // of outputs, on any level
+    // Of outputs: 2-bit weights have panels of 64 on every level.
+    const int64_t largest_panel = std::max<int64_t>(64, kernels::table<float>().ternary_panel);
     const auto round_up = [](int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; };
     Contest contest = products(static_cast<double>(m * k * n), Pass::kForward, "int8");
     const at::Tensor x = at::randn({m, k}), dense = effective_weight(at::randn({n, k}), "absmean");
     const float gamma = dense.abs().max().item<float>();
     const at::Tensor codes = dense.sign().to(at::kChar);
-    const at::Tensor packed = at::empty({round_up(n, kLargestPanel) * round_up(k, 4)}, at::kByte);
+    const at::Tensor packed = at::empty({round_up(n, largest_panel) * round_up(k, 4)}, at::kByte);
     ternary.pack(n, k, codes.const_data_ptr<int8_t>(), packed.mutable_data_ptr<uint8_t>());
     const at::Tensor q = at::empty({m, round_up(k, 4)}, at::kChar), inverse_scale = at::empty({m});
     const at::Tensor row_sum = at::empty({m}, at::kInt), y = at::empty({m, n});

@@ -19,11 +19,12 @@ struct Machine {
   std::map<std::string, std::string> environment;  // what is set of the variables that choose instructions
 };
 
-/// One case on one number of threads: with timings, or skipped for a reason.
+/// One case on one number of threads: with timings, or skipped for a reason, which may be that it failed.
 struct Result {
   std::string group, name;
   int threads;
   std::string skipped;
+  bool failed = false;
   std::string unit;
   double work;
   std::vector<Timing> timings;
