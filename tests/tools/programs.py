@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs ./flashlm and ./train_flashlm from the build."""
+"""Runs flashlm, train_flashlm and bench_ops from the build."""
 
 import os
 import pathlib
@@ -7,10 +7,11 @@ import subprocess
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 BUILD = pathlib.Path(os.environ.get("FLASHLM_BUILD", ROOT / "build" / "release"))
+FOLDERS = {"flashlm": "tools", "train_flashlm": "train", "bench_ops": "bench"}
 
 
 def program_path(program):
-    path = BUILD / ("train" if program == "train_flashlm" else "tools") / program
+    path = BUILD / FOLDERS[program] / program
     assert path.exists(), f"{path} is not built; run tools/test"
     return str(path)
 

@@ -1,0 +1,462 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "bench/cases.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+
+#include <optional>
+#include <sstream>
+#include <string_view>
+
+#include "ops/kernels/kernels.h"
+#include "ops/ops.h"
+#include "train/adamw.h"
+#include "train/normuon.h"
+
+namespace flashlm::bench {
+namespace {
+
+using Tensors = std::vector<at::Tensor>;
+
+constexpr double kEps = 1e-6;
+
+enum class Pass { kForward, kForwardBackward };
+
+const char* pass_name(Pass pass) { return pass == Pass::kForward ? "forward" : "forward + backward"; }
+
+/// "8x256", and so on.
+template <class... Sizes>
+std::string by(int64_t first, Sizes... rest) {
+  std::ostringstream text;
+  text << first;
+  ((text << "x" << rest), ...);
+  return text.str();
+}
+
+// ---- the same expression, by FlashLM and by torch ----
+
+using Expression = std::function<at::Tensor(const Tensors&)>;
+
+Tensors map(const Tensors& tensors, const std::function<at::Tensor(const at::Tensor&)>& f) {
+  Tensors mapped;
+  for (const at::Tensor& t : tensors) mapped.push_back(f(t));
+  return mapped;
+}
+
+at::Tensor to_bfloat16(const at::Tensor& t) { return t.to(at::kBFloat16); }
+
+/// body(inputs) alone, or with the gradients of all inputs for grad_y, as a user would write either. Returns
+/// the output, or the first input's gradient.
+Contestant evaluate(const Contest& contest, const std::string& name, const Tensors& inputs,
+                    const at::Tensor& grad_y, const Expression& body) {
+  if (!contest.backward) return {name, [=] { return body(inputs); }};
+  const Tensors leaves = map(inputs, [](const at::Tensor& t) { return t.detach().clone().requires_grad_(); });
+  return {name, [=] { return torch::autograd::grad({body(leaves)}, leaves, {grad_y})[0]; }};
+}
+
+/// FlashLM in float32 against torch in float32 and in bfloat16.
+void add_expressions(Contest& contest, const Tensors& inputs, const Expression& flashlm,
+                     const Expression& torch) {
+  const at::Tensor grad_y = at::randn_like(flashlm(inputs));
+  contest.contestants.push_back(evaluate(contest, "FlashLM", inputs, grad_y, flashlm));
+  contest.contestants.push_back(evaluate(contest, "torch float32", inputs, grad_y, torch));
+  contest.contestants.push_back(
+      evaluate(contest, "torch bfloat16", map(inputs, to_bfloat16), to_bfloat16(grad_y), torch));
+}
+
+Contest products(double macs, Pass pass, const char* peak) {
+  Contest contest;
+  contest.work = macs;
+  contest.unit = "GMAC/s";
+  contest.peak = peak;
+  contest.backward = pass == Pass::kForwardBackward;
+  return contest;
+}
+
+/// `moved`: float32 values that must be read or written at least; `live`: values that are there at once.
+Contest passes_over_memory(double moved, double live, Pass pass) {
+  Contest contest;
+  contest.work = moved * sizeof(float);
+  contest.unit = "GB/s";
+  contest.peak = "read";
+  contest.bytes = live * sizeof(float);
+  contest.backward = pass == Pass::kForwardBackward;
+  return contest;
+}
+
+// ---- bit_linear ----
+
+/// The matrix that bit_linear multiplies by; see ops/bit_linear.h.
+at::Tensor effective_weight(const at::Tensor& weight, std::string_view quantizer) {
+  const at::Tensor mean = weight.abs().mean();
+  if (quantizer == "threshold") return weight.sign() * (weight.abs() > mean);
+  return mean * (weight / mean).round().clamp(-1, 1);
+}
+
+/// x weightᵀ by oneDNN in float32, with the weight in the layout that it likes best: what torch.compile's
+/// freezing would run. torch's own linear goes through MKL.
+Contestant onednn_linear(const at::Tensor& x, const at::Tensor& weight) {
+  const auto find = [](const char* name) { return c10::Dispatcher::singleton().findSchemaOrThrow(name, ""); };
+  torch::jit::Stack reorder = {weight, x.size(0)};
+  find("mkldnn::_reorder_linear_weight").callBoxed(reorder);
+  const at::Tensor packed = reorder[0].toTensor();
+  using Linear =
+      at::Tensor(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&, c10::string_view,
+                 c10::List<std::optional<at::Scalar>>, std::optional<c10::string_view>);
+  const auto linear = find("mkldnn::_linear_pointwise").typed<Linear>();
+  return {"oneDNN float32", [=] {
+            return linear.call(x, packed, std::nullopt, "none", c10::List<std::optional<at::Scalar>>(), "");
+          }};
+}
+
+/// The integer product that int8 x int8 models run on; without quantizing x and without scaling.
+Contestant int_mm(const at::Tensor& x, const at::Tensor& weight) {
+  const at::Tensor q = at::randint(-127, 128, x.sizes(), at::kChar);
+  const at::Tensor codes = weight.sign().to(at::kChar).t();
+  at::_int_mm(q, codes);  // throws here, not in the race, where torch has none
+  return {"torch _int_mm", [=] {
+            at::_int_mm(q, codes);
+            return at::Tensor();
+          }};
+}
+
+Case bit_linear_case(int64_t m, int64_t k, int64_t n, const std::string& activation,
+                     const std::string& quantizer, Pass pass) {
+  const auto make = [=] {
+    const bool forward = pass == Pass::kForward;
+    const double macs = static_cast<double>(m * k * n) * (forward ? 1 : 3);
+    Contest contest = products(macs, pass, forward && activation == "int8" ? "int8" : "float32");
+    const at::Tensor x = at::randn({m, k}), weight = at::randn({n, k}),
+                     dense = effective_weight(weight, quantizer);
+    const at::Tensor grad_y = at::randn({m, n});
+    const Expression linear = [](const Tensors& t) { return at::linear(t[0], t[1]); };
+    contest.contestants = {evaluate(contest, "FlashLM", {x, weight}, grad_y,
+                                    [=](const Tensors& t) {
+                                      return bit_linear(t[0], t[1], std::nullopt, quantizer, activation);
+                                    }),
+                           evaluate(contest, "torch float32", {x, dense}, grad_y, linear),
+                           evaluate(contest, "torch bfloat16", {to_bfloat16(x), to_bfloat16(dense)},
+                                    to_bfloat16(grad_y), linear)};
+    contest.notes = {
+        "FlashLM makes ternary weights of float32 ones in every call; its peers get dense weights."};
+    if (!forward) return contest;
+    contest.contestants.push_back(onednn_linear(x, dense));
+    if (activation == "int8") {
+      contest.contestants.push_back(int_mm(x, dense));
+      contest.notes.push_back(
+          "torch _int_mm gets int8 inputs and does not scale its result; FlashLM does both.");
+    }
+    return contest;
+  };
+  return {"bit_linear " + activation + ", " + pass_name(pass), quantizer + " " + by(m, k, n), make};
+}
+
+// ---- packed weights ----
+
+void add_ggml(Contest& contest, const Ggml* ggml, int64_t k,
+              const std::function<Contestant(const std::string& format)>& contestant) {
+  if (ggml == nullptr) {
+    contest.notes.push_back("ggml is left out: --ggml DIR says where a build of it is.");
+    return;
+  }
+  for (const std::string& format : Ggml::formats()) {
+    contest.contestants.push_back(contestant(format));
+    const int64_t padded = ggml->padded(format, k);
+    if (padded != k) {
+      contest.notes.push_back("K = " + std::to_string(k) + " is padded to " + std::to_string(padded) +
+                              " for ggml " + format + "; the rate counts " + std::to_string(k) + ".");
+    }
+  }
+}
+
+/// The operator, if this build has it.
+template <class Signature>
+c10::TypedOperatorHandle<Signature> find_operator(const char* name) {
+  const auto found = c10::Dispatcher::singleton().findSchema({name, ""});
+  if (!found) throw Skip(std::string("this build has no operator ") + name);
+  return found->typed<Signature>();
+}
+
+Case packed_linear_case(const Ggml* ggml, int threads, int64_t m, int64_t k, int64_t n) {
+  const auto make = [=] {
+    const auto pack = find_operator<std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, c10::string_view)>(
+        "flashlm::pack_ternary");
+    const auto linear =
+        find_operator<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t,
+                                 const std::optional<at::Tensor>&, c10::string_view, double)>(
+            "flashlm::packed_linear");
+    Contest contest = products(static_cast<double>(m * k * n), Pass::kForward, "int8");
+    const at::Tensor x = at::randn({m, k}), weight = at::randn({n, k}),
+                     dense = effective_weight(weight, "absmean");
+    const auto [packed, scale] = pack.call(weight, "absmean");
+    contest.contestants = {
+        {"FlashLM", [=, packed = packed,
+                     scale = scale] { return linear.call(x, packed, scale, n, std::nullopt, "int8", kEps); }},
+        {"torch float32", [=] { return at::linear(x, dense); }},
+        {"torch bfloat16",
+         [x = to_bfloat16(x), dense = to_bfloat16(dense)] { return at::linear(x, dense); }}};
+    add_ggml(contest, ggml, k,
+             [&](const std::string& format) { return ggml->product(format, x, dense, threads); });
+    return contest;
+  };
+  return {"packed_linear int8, forward", by(m, k, n), make};
+}
+
+/// A pair of kernels on weights that are packed already.
+struct TernaryKernels {
+  const char* name;
+  decltype(kernels::Table<float>::ternary_pack) pack;
+  decltype(kernels::Table<float>::ternary_gemm) gemm;
+};
+
+TernaryKernels byte_kernels() {
+  const kernels::Table<float>& table = kernels::table<float>();
+  return {"ternary_gemm", table.ternary_pack, table.ternary_gemm};
+}
+
+/// Null where the table has none yet.
+template <class Table = kernels::Table<float>>
+TernaryKernels two_bit_kernels() {
+  if constexpr (requires(const Table& table) { table.packed_gemm; }) {
+    const Table& table = kernels::table<float>();
+    return {"packed_gemm", table.packed_pack, table.packed_gemm};
+  }
+  return {"packed_gemm", nullptr, nullptr};
+}
+
+/// Kernels alone, quantizing x included: no operator's overhead, no threads.
+Case kernel_case(const Ggml* ggml, const TernaryKernels& ternary, int64_t m, int64_t k, int64_t n) {
+  const auto make = [=] {
+    if (ternary.gemm == nullptr) throw Skip(std::string("this build has no kernel ") + ternary.name);
+    // Of outputs: 2-bit weights have panels of 64 on every level.
+    const int64_t largest_panel = std::max<int64_t>(64, kernels::table<float>().ternary_panel);
+    const auto round_up = [](int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; };
+    Contest contest = products(static_cast<double>(m * k * n), Pass::kForward, "int8");
+    const at::Tensor x = at::randn({m, k}), dense = effective_weight(at::randn({n, k}), "absmean");
+    const float gamma = dense.abs().max().item<float>();
+    const at::Tensor codes = dense.sign().to(at::kChar);
+    const at::Tensor packed = at::empty({round_up(n, largest_panel) * round_up(k, 4)}, at::kByte);
+    ternary.pack(n, k, codes.const_data_ptr<int8_t>(), packed.mutable_data_ptr<uint8_t>());
+    const at::Tensor q = at::empty({m, round_up(k, 4)}, at::kChar), inverse_scale = at::empty({m});
+    const at::Tensor row_sum = at::empty({m}, at::kInt), y = at::empty({m, n});
+    contest.contestants = {
+        {"FlashLM", [=] {
+           kernels::table<float>().quantize_rows(
+               m, k, x.const_data_ptr<float>(), q.mutable_data_ptr<int8_t>(),
+               inverse_scale.mutable_data_ptr<float>(), row_sum.mutable_data_ptr<int32_t>());
+           ternary.gemm(m, n, k, q.const_data_ptr<int8_t>(), row_sum.const_data_ptr<int32_t>(),
+                        inverse_scale.const_data_ptr<float>(), packed.const_data_ptr<uint8_t>(), gamma,
+                        y.mutable_data_ptr<float>(), n);
+           return y;
+         }}};
+    contest.notes = {"ggml: from_float and, for each output, vec_dot."};
+    add_ggml(contest, ggml, k, [&](const std::string& format) { return ggml->kernel(format, x, dense); });
+    return contest;
+  };
+  return {std::string(ternary.name) + " kernel with quantize_rows", by(m, k, n), make,
+          /*single_thread=*/true};
+}
+
+// ---- mixers ----
+
+constexpr int64_t kTaps = 4;
+
+/// Channels-last rows through torch's Conv1d, padded on the left.
+at::Tensor eager_causal_conv1d(const at::Tensor& x, const at::Tensor& weight, int64_t dilation,
+                               int64_t groups) {
+  const at::Tensor rows = at::constant_pad_nd(x.transpose(1, 2), {(weight.size(2) - 1) * dilation, 0});
+  return at::conv1d(rows, weight, {}, 1, at::IntArrayRef{0}, dilation, groups).transpose(1, 2);
+}
+
+at::Tensor eager_gated_conv(const Tensors& t, int64_t dilation, int64_t groups) {
+  const at::Tensor h = at::rms_norm(t[0], {t[0].size(2)}, t[1], kEps);
+  return t[0] + eager_causal_conv1d(h, t[2], dilation, groups).sigmoid() *
+                    eager_causal_conv1d(h, t[3], dilation, groups);
+}
+
+at::Tensor conv_weight(int64_t width, int64_t groups) {
+  return at::randn({width, width / groups, kTaps}) * 0.2;
+}
+
+double conv_macs(int64_t batch, int64_t time, int64_t width, int64_t groups, Pass pass) {
+  return static_cast<double>(batch * time * width * (width / groups) * kTaps) *
+         (pass == Pass::kForward ? 1 : 3);
+}
+
+Case causal_conv1d_case(int64_t batch, int64_t time, int64_t width, int64_t groups, int64_t dilation,
+                        Pass pass) {
+  const auto make = [=] {
+    Contest contest = products(conv_macs(batch, time, width, groups, pass), pass, "float32");
+    add_expressions(
+        contest, {at::randn({batch, time, width}), conv_weight(width, groups)},
+        [=](const Tensors& t) { return causal_conv1d(t[0], t[1], std::nullopt, dilation, groups); },
+        [=](const Tensors& t) { return eager_causal_conv1d(t[0], t[1], dilation, groups); });
+    return contest;
+  };
+  return {std::string("causal_conv1d, ") + pass_name(pass),
+          by(batch, time, width) + " dilation " + std::to_string(dilation), make};
+}
+
+Case gated_conv_case(int64_t batch, int64_t time, int64_t width, int64_t groups, int64_t dilation,
+                     Pass pass) {
+  const auto make = [=] {
+    Contest contest = products(2 * conv_macs(batch, time, width, groups, pass), pass, "float32");
+    add_expressions(
+        contest,
+        {at::randn({batch, time, width}), at::ones({width}), conv_weight(width, groups),
+         conv_weight(width, groups)},
+        [=](const Tensors& t) {
+          return gated_conv(t[0], t[1], t[2], t[3], std::nullopt, dilation, groups, kEps);
+        },
+        [=](const Tensors& t) { return eager_gated_conv(t, dilation, groups); });
+    return contest;
+  };
+  return {std::string("gated_conv, ") + pass_name(pass),
+          by(batch, time, width) + " dilation " + std::to_string(dilation), make};
+}
+
+// ---- elementwise ----
+
+Case rms_norm_case(int64_t rows, int64_t width, Pass pass) {
+  const auto make = [=] {
+    // Forward: x in, y out; backward: grad_y and x in, grad_x out.
+    const double n = static_cast<double>(rows * width);
+    const bool forward = pass == Pass::kForward;
+    Contest contest = passes_over_memory(n * (forward ? 2 : 5), n * (forward ? 2 : 4), pass);
+    add_expressions(
+        contest, {at::randn({rows, width}), at::ones({width})},
+        [](const Tensors& t) { return rms_norm(t[0], t[1], kEps); },
+        [=](const Tensors& t) { return at::rms_norm(t[0], {width}, t[1], kEps); });
+    return contest;
+  };
+  return {std::string("rms_norm, ") + pass_name(pass), by(rows, width), make};
+}
+
+Case relu2_glu_case(int64_t rows, int64_t width, Pass pass) {
+  const auto make = [=] {
+    // Forward: gate and up in, y out; backward: grad_y, gate and up in, two gradients out.
+    const double n = static_cast<double>(rows * width);
+    const bool forward = pass == Pass::kForward;
+    Contest contest = passes_over_memory(n * (forward ? 3 : 8), n * (forward ? 3 : 6), pass);
+    add_expressions(
+        contest, {at::randn({rows, width}), at::randn({rows, width})},
+        [](const Tensors& t) { return relu2_glu(t[0], t[1]); },
+        [](const Tensors& t) { return t[0].relu().square() * t[1]; });
+    return contest;
+  };
+  return {std::string("relu2_glu, ") + pass_name(pass), by(rows, width), make};
+}
+
+// ---- head ----
+
+Case linear_cross_entropy_case(int64_t positions, int64_t width, int64_t vocabulary) {
+  const auto make = [=] {
+    // Three products: logits, and the gradients of h and of weight. What FlashLM computes twice counts once.
+    Contest contest = products(3.0 * static_cast<double>(positions * width * vocabulary),
+                               Pass::kForwardBackward, "float32");
+    const at::Tensor target = at::randint(vocabulary, {positions}, at::kLong);
+    add_expressions(
+        contest, {at::randn({positions, width}), at::randn({vocabulary, width}) * 0.02},
+        [=](const Tensors& t) { return std::get<0>(linear_cross_entropy(t[0], t[1], std::nullopt, target)); },
+        [=](const Tensors& t) { return at::cross_entropy_loss(at::linear(t[0], t[1]), target); });
+    return contest;
+  };
+  return {std::string("linear_cross_entropy, ") + pass_name(Pass::kForwardBackward),
+          by(positions, width, vocabulary), make};
+}
+
+// ---- optimizers ----
+
+constexpr int64_t kNewtonSchulzSteps = 5;
+
+/// The same iteration, one torch call for each product and each sum.
+at::Tensor eager_newton_schulz(const at::Tensor& g) {
+  at::Tensor x = g / (g.norm() + 1e-7);
+  const bool tall = g.size(0) > g.size(1);
+  if (tall) x = x.t();
+  for (int64_t i = 0; i < kNewtonSchulzSteps; ++i) {
+    const at::Tensor gram = x.mm(x.t());
+    x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram.mm(gram)).mm(x);
+  }
+  return tall ? x.t() : x;
+}
+
+Case newton_schulz_case(int64_t m, int64_t n) {
+  const auto make = [=] {
+    const double small = static_cast<double>(std::min(m, n)), large = static_cast<double>(std::max(m, n));
+    Contest contest = products(kNewtonSchulzSteps * (2 * small * small * large + small * small * small),
+                               Pass::kForward, "float32");
+    contest.tolerance = 0.3;  // only directions matter, and the iteration makes much of bfloat16's rounding
+    add_expressions(
+        contest, {at::randn({m, n})},
+        [](const Tensors& t) { return newton_schulz(t[0], kNewtonSchulzSteps); },
+        [](const Tensors& t) { return eager_newton_schulz(t[0]); });
+    return contest;
+  };
+  return {"newton_schulz, 5 steps", by(m, n), make};
+}
+
+Case adamw_case(int64_t rows, int64_t width) {
+  const auto make = [=] {
+    // Weight, gradient and two moments in; weight and moments out.
+    const double n = static_cast<double>(rows * width);
+    Contest contest = passes_over_memory(7 * n, 4 * n, Pass::kForwardBackward);
+    const auto parameter = [=] {
+      at::Tensor weight = at::randn({rows, width}).requires_grad_();
+      weight.mutable_grad() = at::randn({rows, width});
+      return weight;
+    };
+    const auto add = [&](const char* name, auto optimizer) {
+      contest.contestants.push_back({name, [optimizer] {
+                                       optimizer->step();
+                                       return at::Tensor();  // after other numbers of steps, other weights
+                                     }});
+    };
+    const Tensors ours = {parameter()}, theirs = {parameter()};
+    add("FlashLM", std::make_shared<FusedAdamW>(ours));
+    add("torch float32", std::make_shared<torch::optim::AdamW>(theirs));
+    return contest;
+  };
+  return {"AdamW step", by(rows, width), make};
+}
+
+}  // namespace
+
+std::vector<Case> cases(const Ggml* ggml, int threads) {
+  constexpr int64_t kBitLinear[][3] = {
+      {1024, 256, 683}, {1024, 683, 256}, {4096, 256, 683}, {256, 256, 683}, {1, 256, 683}};  // M, K, N
+  constexpr const char* kModes[][2] = {{"int8", "absmean"}, {"none", "absmean"}, {"none", "threshold"}};
+  constexpr int64_t kPacked[][2] = {{256, 683}, {683, 256}, {2048, 2048}, {4096, 14336}};  // K, N
+  constexpr int64_t kDilations[] = {1, 4, 64};
+  constexpr Pass kPasses[] = {Pass::kForward, Pass::kForwardBackward};
+
+  std::vector<Case> all;
+  for (const Pass pass : kPasses) {
+    for (const auto& [activation, quantizer] : kModes) {
+      for (const auto& [m, k, n] : kBitLinear) {
+        all.push_back(bit_linear_case(m, k, n, activation, quantizer, pass));
+      }
+    }
+  }
+  for (const TernaryKernels& ternary : {byte_kernels(), two_bit_kernels()}) {
+    for (const auto& [k, n] : kPacked) all.push_back(kernel_case(ggml, ternary, 1, k, n));
+  }
+  for (const auto& [k, n] : kPacked) {
+    for (const int64_t m : {1, 8, 64}) all.push_back(packed_linear_case(ggml, threads, m, k, n));
+  }
+  for (const Pass pass : kPasses) {
+    for (const int64_t dilation : kDilations)
+      all.push_back(gated_conv_case(16, 256, 256, 16, dilation, pass));
+  }
+  for (const Pass pass : kPasses) {
+    for (const int64_t dilation : kDilations)
+      all.push_back(causal_conv1d_case(16, 256, 256, 16, dilation, pass));
+  }
+  for (const Pass pass : kPasses) all.push_back(rms_norm_case(4096, 256, pass));
+  for (const Pass pass : kPasses) all.push_back(relu2_glu_case(4096, 683, pass));
+  all.push_back(linear_cross_entropy_case(1024, 256, 50257));
+  all.push_back(newton_schulz_case(683, 256));
+  all.push_back(adamw_case(50257, 256));
+  return all;
+}
+
+}  // namespace flashlm::bench
