@@ -12,6 +12,7 @@ static Table<T> make_table() {
   add_cross_entropy(table);
   add_gated_conv(table);
   add_gemm(table);
+  add_packed_linear(table);
   add_relu2_glu(table);
   add_rms_norm(table);
   return table;
