@@ -105,8 +105,9 @@ struct Table {
 
   // ---- packed_linear: ternary weights in 2 bits; layout in docs/formats.md ----
 
-  /// Packs codes (n, k). `packed` holds ceil(n / kPackedOutputs) panels of ceil(k / 4) * kPackedOutputs bytes,
-  /// which follow each other and can be packed one by one. What lies outside (n, k) is the code of Q = 0.
+  /// Packs codes (n, k). `packed` holds ceil(n / kPackedOutputs) panels of ceil(k / 4) * kPackedOutputs
+  /// bytes, which follow each other and can be packed one by one. What lies outside (n, k) is the code of Q =
+  /// 0.
   void (*packed_pack)(int64_t n, int64_t k, const int8_t* codes, uint8_t* packed);
 
   /// w (n, k) = gamma * Q.
