@@ -61,19 +61,6 @@ at::Tensor composite(const at::Tensor& x, const at::Tensor& weight, const Option
   return std::get<0>(forward(x, weight, norm_scale, quantizer, activation, eps));
 }
 
-Quantizer parse_quantizer(std::string_view name) {
-  TORCH_CHECK(name == "absmean" || name == "threshold",
-              "bit_linear: quantizer must be 'absmean' or 'threshold', got '", name, "'");
-  return name == "absmean" ? Quantizer::kAbsmean : Quantizer::kThreshold;
-}
-
-/// Whether activations are quantized.
-bool parse_activation(std::string_view name) {
-  TORCH_CHECK(name == "int8" || name == "none", "bit_linear: activation must be 'int8' or 'none', got '",
-              name, "'");
-  return name == "int8";
-}
-
 /// Checks the arguments and makes the outputs: the Meta kernel, and the CPU kernel's first line.
 ThreeTensors new_outputs(const at::Tensor& x, const at::Tensor& weight,
                          const std::optional<at::Tensor>& norm_scale, std::string_view quantizer,
@@ -91,8 +78,8 @@ ThreeTensors new_outputs(const at::Tensor& x, const at::Tensor& weight,
     check_dim("bit_linear", "norm_scale", *norm_scale, 1);
     check_size("bit_linear", "norm_scale's size", norm_scale->sym_size(0), in);
   }
-  parse_quantizer(quantizer);
-  const bool int8 = parse_activation(activation);
+  parse_quantizer("bit_linear", quantizer);
+  const bool int8 = parse_activation("bit_linear", activation);
   if (int8) {
     constexpr int64_t kLargestIn = (int64_t{1} << 24) - 1;
     TORCH_SYM_CHECK(in.sym_le(kLargestIn), "bit_linear: weight's in must be at most ", kLargestIn,
@@ -241,8 +228,8 @@ ThreeTensors forward_cpu(const at::Tensor& x, const at::Tensor& weight, const Op
   if (norm_scale) in.norm_scale = kernel_input(*norm_scale, x);
   if (q.size(0) > 0) in.q = q, in.inverse_scale = inverse_scale;
   in.eps = eps;
-  in.int8 = parse_activation(activation);
-  in.quantizer = parse_quantizer(quantizer);
+  in.int8 = parse_activation("bit_linear", activation);
+  in.quantizer = parse_quantizer("bit_linear", quantizer);
   const at::Tensor computed = at::empty(y.sizes(), in.x.options());
   dispatch(x, [&](auto t) {
     using T = decltype(t);
@@ -450,8 +437,8 @@ ThreeTensors backward_cpu(const at::Tensor& grad_y, const OptionalTensor& x, con
   if (norm_scale) in.norm_scale = kernel_input(*norm_scale, weight);
   if (q) in.q = q->contiguous(), in.inverse_scale = inverse_scale->contiguous();
   in.eps = eps;
-  in.int8 = parse_activation(activation);
-  in.quantizer = parse_quantizer(quantizer);
+  in.int8 = parse_activation("bit_linear", activation);
+  in.quantizer = parse_quantizer("bit_linear", quantizer);
   const at::Tensor g = kernel_input(grad_y, weight);
   const bool needs_x = grad_x.defined() || grad_norm_scale.defined();
   const at::Tensor dx = needs_x ? at::empty({in.m, in.k}, g.options()) : no_grad();

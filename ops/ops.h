@@ -6,5 +6,7 @@
 #include "ops/causal_conv1d.h"
 #include "ops/gated_conv.h"
 #include "ops/linear_cross_entropy.h"
+#include "ops/pack_ternary.h"
+#include "ops/packed_linear.h"
 #include "ops/relu2_glu.h"
 #include "ops/rms_norm.h"

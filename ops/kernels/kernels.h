@@ -28,6 +28,9 @@ struct PairRows {
   int64_t row, column, strip;
 };
 
+/// Outputs in one panel of 2-bit weights; see "Packed ternary weights" in docs/formats.md.
+constexpr int64_t kPackedOutputs = 64;
+
 template <class T>
 struct Table {
   // ---- bit_linear: ternary weights Q in {-1, 0, 1}, int8 rows; formulas in ops/bit_linear.h ----
@@ -132,6 +135,20 @@ struct Table {
   /// grad_x (rows, width) is written; grad_scale (width) is added to.
   void (*rms_norm_backward)(int64_t rows, int64_t width, const T* grad_y, const T* x, const T* scale, T eps,
                             T* grad_x, T* grad_scale);
+
+  // ---- packed_linear: ternary weights in 2 bits; layout in docs/formats.md ----
+
+  /// Packs codes (n, k). `packed` holds ceil(n / kPackedOutputs) panels of ceil(k / 4) * kPackedOutputs
+  /// bytes, which follow each other and can be packed one by one. What lies outside (n, k) is the code of Q =
+  /// 0.
+  void (*packed_pack)(int64_t n, int64_t k, const int8_t* codes, uint8_t* packed);
+
+  /// w (n, k) = gamma * Q.
+  void (*packed_unpack)(int64_t n, int64_t k, const uint8_t* packed, T gamma, T* w);
+
+  /// As ternary_gemm, with the same bits for the same codes.
+  void (*packed_gemm)(int64_t m, int64_t n, int64_t k, const int8_t* q, const int32_t* row_sum,
+                      const T* inverse_scale, const uint8_t* packed, T gamma, T* y, int64_t y_row);
 
   // ---- relu2_glu: y = max(gate, 0)^2 * up, elementwise over n values ----
 

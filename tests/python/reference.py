@@ -19,13 +19,19 @@ def straight_through(x, quantized):
     return quantized.detach() + (x - x.detach())
 
 
-def ternary(weight, quantizer):
-    """The weight that takes part in the product: gamma * Q for absmean, Q for threshold."""
+def ternary_codes(weight, quantizer):
+    """Q and gamma; gamma is 1 for threshold."""
     mean = weight.abs().mean()
     if quantizer == "absmean":
         gamma = mean.clamp(min=1e-5)
-        return gamma * (weight / gamma).round().clamp(-1, 1)
-    return weight.sign() * (weight.abs() > mean)
+        return (weight / gamma).round().clamp(-1, 1), gamma
+    return weight.sign() * (weight.abs() > mean), torch.ones_like(mean)
+
+
+def ternary(weight, quantizer):
+    """The weight that takes part in the product."""
+    q, gamma = ternary_codes(weight, quantizer)
+    return gamma * q
 
 
 def int8_rows(x):
@@ -69,3 +75,30 @@ def linear_cross_entropy(
         return loss, nll
     count = kept.sum() if reduction == "mean" else 1
     return loss.sum() / count, nll.sum() / count
+
+
+def pack_ternary(weight, *, quantizer="absmean"):
+    """Lines of 64 bytes for 64 outputs and 4 k: the code Q + 1 of output 16 j + l and k i is in bits 2j and
+    2j + 1 of byte 4 l + i. What is outside the weight has the code of Q = 0."""
+    q, gamma = ternary_codes(weight, quantizer)
+    out, k = q.shape
+    codes = F.pad(q + 1, (0, -k % 4, 0, -out % 64), value=1).to(torch.uint8)
+    fields = codes.view(-(-out // 64), 4, 16, -(-k // 4), 4)  # panel, j, l, line, i
+    packed = sum(fields[:, j] << 2 * j for j in range(4))
+    return packed.transpose(1, 2).reshape(-(-out // 64), -(-k // 4), 64), gamma
+
+
+def unpack_ternary(packed, scale, out_features, in_features):
+    panels, lines, _ = packed.shape
+    fields = torch.stack([packed >> 2 * j & 3 for j in range(4)], dim=1)  # panel, j, line, 4 l + i
+    fields = fields.view(panels, 4, lines, 16, 4).transpose(2, 3)
+    codes = fields.reshape(panels * 64, lines * 4)[:out_features, :in_features]
+    return scale * (codes.to(scale.dtype) - 1)
+
+
+def packed_linear(x, packed, scale, out_features, norm_scale=None, *, activation="int8", eps=1e-6):
+    if norm_scale is not None:
+        x = rms_norm(x, norm_scale, eps)
+    if activation == "int8":
+        x = int8_rows(x)
+    return F.linear(x, unpack_ternary(packed, scale, out_features, x.size(-1)))

@@ -36,9 +36,17 @@ class Sample:
     def differentiable(self):
         return self.smooth + self.straight_through
 
+    @property
+    def gradient_rounding(self):
+        """Of the largest element. Layers with int8 activations may round the incoming gradient to bfloat16."""
+        return 4e-3 if self.op == "bit_linear" and not self.smooth else 0
+
     def output_dtype(self, dtype):
-        """The inputs' own, but a loss in bfloat16 would be too coarse."""
-        return torch.promote_types(dtype, torch.float32) if self.op == "linear_cross_entropy" else dtype
+        """The inputs' own, but a loss or a weight in bfloat16 would be too coarse."""
+        if self.op == "pack_ternary":
+            return torch.uint8
+        coarse = self.op in ("linear_cross_entropy", "unpack_ternary")
+        return torch.promote_types(dtype, torch.float32) if coarse else dtype
 
     def inputs(self, dtype, requires_grad=True):
         """The arguments, always the same values, floating tensors in `dtype`."""
@@ -112,6 +120,37 @@ def zeros_for_the_quantizers():
 
 
 add("bit_linear", "zeros", zeros_for_the_quantizers, (), ("x", "weight"))
+
+# ---- pack_ternary, unpack_ternary, packed_linear ----
+
+
+def packed(name, rows, in_features, out_features, norm=False, quantizer="absmean", **options):
+    def weight():
+        return 0.1 * randn(out_features, in_features)
+
+    def packed_weight():
+        codes, scale = reference.pack_ternary(weight(), quantizer=quantizer)
+        return dict(packed=codes, scale=scale)
+
+    def linear():
+        norm_scale = dict(norm_scale=scale(in_features)) if norm else {}
+        x = randn(*rows, in_features)
+        return dict(x=x) | packed_weight() | dict(out_features=out_features) | norm_scale | options
+
+    def unpack():
+        return packed_weight() | dict(out_features=out_features, in_features=in_features)
+
+    add("pack_ternary", name, lambda: dict(weight=weight(), quantizer=quantizer))
+    add("unpack_ternary", name, unpack)
+    add("packed_linear", name, linear)
+
+
+packed("defaults", (2, 3), 37, 19)
+packed("norm", (2, 3), 37, 70, norm=True, eps=0.1)
+packed("float", (5,), 16, 8, activation="none")
+packed("threshold_float_norm", (2, 3), 21, 129, norm=True, quantizer="threshold", activation="none")
+packed("one_row", (), 24, 10, quantizer="threshold")
+packed("no_rows", (0, 3), 16, 64, norm=True)
 
 # ---- causal_conv1d, gated_conv ----
 
@@ -202,6 +241,10 @@ REFUSALS = [
     Refusal("bit_linear", dict(weight=torch.ones(19, 5)), "x's last dimension must be"),
     Refusal("bit_linear", dict(quantizer="ternary"), "quantizer must be"),
     Refusal("bit_linear", dict(activation="int4"), "activation must be"),
+    Refusal("pack_ternary", dict(quantizer="ternary"), "quantizer must be"),
+    Refusal("unpack_ternary", dict(in_features=41), "packed's second size, ceil(in_features / 4), must be 11"),
+    Refusal("packed_linear", dict(out_features=65), "packed's first size, ceil(out_features / 64), must be 2"),
+    Refusal("packed_linear", dict(activation="int4"), "activation must be"),
     Refusal("causal_conv1d", dict(weight=torch.ones(4, 3, 3)), "weight must be (D, D/groups, K)"),
     Refusal("causal_conv1d", dict(dilation=0), "dilation must be"),
     Refusal("causal_conv1d", dict(groups=3), "groups must divide D"),
