@@ -100,6 +100,24 @@ struct Table {
   void (*rms_norm_backward)(int64_t rows, int64_t width, const T* grad_y, const T* x, const T* scale, T eps,
                             T* grad_x, T* grad_scale);
 
+  // ---- sum_table: ternary weights times rows of T, no multiplication by weights, no activation rounded ----
+
+  /// Bytes that n x k codes take when packed, and bytes of scratch that a call of sum_table_gemm needs.
+  int64_t (*sum_table_packed_size)(int64_t n, int64_t k);
+  int64_t (*sum_table_workspace_size)(int64_t n, int64_t k);
+
+  /// Packs Q (n, k), Q(j, p) = codes[j * row_stride + p * col_stride] in {-1, 0, 1}. The layout is the same
+  /// on every level.
+  void (*sum_table_pack)(int64_t n, int64_t k, const int8_t* codes, int64_t row_stride, int64_t col_stride,
+                         uint8_t* packed);
+
+  /// y(i, j) = y[i * y_row + j] = gamma * sum over p of x[i * x_row + p] Q(j, p), for m rows; y may not
+  /// overlap x. Additions come in an order that (k, Q) alone decide: a row has the same bits whatever rows it
+  /// is computed with, and on every level. A code 0 leaves x out, be it a NaN. Rows are computed kVectorBytes
+  /// / sizeof(T) at a time, for the price of all of them: hand over many.
+  void (*sum_table_gemm)(int64_t m, int64_t n, int64_t k, const T* x, int64_t x_row, const uint8_t* packed,
+                         T gamma, T* y, int64_t y_row, void* workspace);
+
   // ---- relu2_glu: y = max(gate, 0)^2 * up, elementwise over n values ----
 
   void (*relu2_glu)(int64_t n, const T* gate, const T* up, T* y);

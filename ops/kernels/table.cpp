@@ -14,6 +14,7 @@ static Table<T> make_table() {
   add_gemm(table);
   add_relu2_glu(table);
   add_rms_norm(table);
+  add_sum_table(table);
   return table;
 }
 
