@@ -13,7 +13,7 @@
 namespace flashlm::kernels::FLASHLM_ISA {
 namespace {
 
-constexpr int64_t kGroup = 4;   // weights that one sum stands for
+constexpr int64_t kGroup = 4;   // weights that one sum stands for; with 3, tables are cheap but sums many
 constexpr int64_t kSums = 41;   // in a table: the empty sum, and one of each of 40 opposite pairs
 constexpr int64_t kTables = 6;  // in use at once: 6 * 41 lines are numbered in a byte, and 15 KiB
 constexpr int64_t kDepth = kTables * kGroup;  // weights of an output in one pass
@@ -26,8 +26,8 @@ inline int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
 // ---- layout of packed codes ----
 //
-// Outputs are cut into blocks of equal width, the last one less; a block has its passes over k in order. A
-// pass is a list of one record per output, sorted by `added`:
+// The same on every level. Outputs are cut into blocks of equal width, the last one less; a block has its
+// passes over k in order. A pass is a list of one record per output, sorted by `added`:
 //   bits 8 i .. 8 i + 7, i < added             number of a line (a sum) to be added
 //   bits 8 i .. 8 i + 7, added <= i < kTables  number of a line to be subtracted
 //   bits 48 .. 63                              the output, counted from the block's first
@@ -243,7 +243,8 @@ inline void build(const Vec<T> x[kGroup], T* table) {
   store(table + 36 * lanes, x[3] + x[2]);
   // Not unrolled, or else the compiler first makes all sums and then has nowhere to keep them.
 #pragma GCC unroll 1
-  for (T* centre = table + 9 * lanes; centre != table + 45 * lanes; centre += 9 * lanes) {
+  for (int64_t line = 9; line < kSums; line += 9) {
+    T* centre = table + line * lanes;
     const Vec<T> high = load(centre);
 #pragma GCC unroll 4
     for (int64_t i = 1; i < 5; ++i) {
@@ -255,7 +256,8 @@ inline void build(const Vec<T> x[kGroup], T* table) {
 
 // ---- product ----
 
-/// Lines are as long as a vector. The number of a line, at `bit` of the record, as its distance in bytes.
+/// The number of the line at `bit` of a record, as its distance in bytes: lines are as long as a vector. A
+/// rotation and a mask, as `by` is never 0.
 inline int64_t line_offset(Record record, int64_t bit) {
   constexpr int64_t shift = kVectorBytes == 64 ? 6 : kVectorBytes == 32 ? 5 : 4;
   const int64_t by = (bit - shift) & 63;
@@ -323,6 +325,8 @@ void gemm(int64_t m, int64_t n, int64_t k, const T* x, int64_t x_row, const uint
           load_columns(rows, k - p - t * kGroup, x + p + t * kGroup, x_row, columns);
           build(columns, tables + t * kSums * lanes);
         }
+        // What the next pass reads: too many rows side by side for the hardware to foresee.
+        for (int64_t i = 0; i < rows; ++i) __builtin_prefetch(x + i * x_row + p + kDepth + kDepth / 2);
         Counts counts;
         memcpy(&counts, pass, sizeof counts);
         all_parts(counts, pass + sizeof counts, tables, partial);
