@@ -189,7 +189,7 @@ class Quantizing {
 template <class T>
 void forward_int8(const Inputs& in, const at::Tensor& weight, T* y) {
   const auto weights = ternary_weights<T>(weight, in.quantizer);
-  const uint8_t* packed = weights->packed(TernaryLayout::kInt8, weight).template const_data_ptr<uint8_t>();
+  const auto* packed = static_cast<const uint8_t*>(weights->packed(TernaryLayout::kInt8, weight));
   at::parallel_for(0, in.m, kRowBlock, [&](int64_t first, int64_t last) {
     Quantizing<T> quantized(in, kRowBlock);
     for_row_blocks(first, last, kRowBlock, [&](int64_t begin, int64_t end) {
@@ -200,15 +200,39 @@ void forward_int8(const Inputs& in, const at::Tensor& weight, T* y) {
   });
 }
 
+/// y (rows, outputs) = gamma · x (rows, depth) · Qᵀ, or Q transposed, exactly in T, by additions.
+template <class T>
+class SumTableProduct {
+ public:
+  SumTableProduct(int64_t outputs, int64_t depth, const void* packed, T gamma)
+      : outputs_(outputs),
+        depth_(depth),
+        packed_(static_cast<const uint8_t*>(packed)),
+        gamma_(gamma),
+        workspace_(std::make_unique_for_overwrite<char[]>(
+            static_cast<size_t>(kernels::table<T>().sum_table_workspace_size(outputs, depth)))) {}
+
+  void operator()(int64_t rows, const T* x, T* y) {
+    kernels::table<T>().sum_table_gemm(rows, outputs_, depth_, x, depth_, packed_, gamma_, y, outputs_,
+                                       workspace_.get());
+  }
+
+ private:
+  int64_t outputs_, depth_;
+  const uint8_t* packed_;
+  T gamma_;
+  std::unique_ptr<char[]> workspace_;
+};
+
 template <class T>
 void forward_float(const Inputs& in, const at::Tensor& weight, T* y) {
   const auto weights = ternary_weights<T>(weight, in.quantizer);
-  const T* packed = weights->packed(TernaryLayout::kFloat, weight).template const_data_ptr<T>();
+  const void* packed = weights->packed(TernaryLayout::kSumTable, weight);
   at::parallel_for(0, in.m, kRowBlock, [&](int64_t first, int64_t last) {
     NormedRows<T> rows(in, kRowBlock);
+    SumTableProduct<T> product(in.n, in.k, packed, weights->gamma());
     for_row_blocks(first, last, kRowBlock, [&](int64_t begin, int64_t end) {
-      kernels::table<T>().gemm(end - begin, in.n, in.k, rows(begin, end), /*a_row=*/in.k, /*a_col=*/1, packed,
-                               y + begin * in.n, in.n, /*accumulate=*/false);
+      product(end - begin, rows(begin, end), y + begin * in.n);
     });
   });
 }
@@ -266,61 +290,59 @@ bool uses_bf16(const Inputs& in) {
   return in.int8 && kernels::table<T>().bf16_panel > 0;
 }
 
-/// grad_n = grad_y · (gamma Q) for rows begin .. end, at most kRowBlock.
+/// grad_n (rows, K) = grad_y (rows, N) · (gamma Q), for one thread.
 template <class T>
 class ProductWithWeights {
  public:
-  ProductWithWeights(const Inputs& in, const at::Tensor& weight, TernaryWeights<T>& weights, const T* grad_y)
-      : in_(in), grad_y_(grad_y), gamma_(weights.gamma()) {
-    if (uses_bf16<T>(in)) {
-      bf16_ = weights.packed(TernaryLayout::kBf16Transposed, weight).template const_data_ptr<int32_t>();
-    } else {
-      values_ = weights.packed(TernaryLayout::kFloatTransposed, weight).template const_data_ptr<T>();
-    }
+  ProductWithWeights(const Inputs& in, const void* packed, T gamma)
+      : in_(in),
+        bf16_(uses_bf16<T>(in)),
+        packed_(packed),
+        gamma_(gamma),
+        pairs_(bf16_ ? kRowBlock * pairs() : 0) {
+    if (!bf16_) sums_.emplace(in.k, in.n, packed, gamma);
   }
 
-  /// `pairs` is memory for the block's rows in bfloat16.
-  void operator()(int64_t begin, int64_t end, std::vector<int32_t>& pairs, T* grad_n) const {
+  /// At most kRowBlock rows.
+  void operator()(int64_t rows, const T* grad_y, T* grad_n) {
+    if (!bf16_) return (*sums_)(rows, grad_y, grad_n);
     const auto& table = kernels::table<T>();
-    const T* grad = grad_y_ + begin * in_.n;
-    if (bf16_ != nullptr) {
-      const int64_t row = (in_.n + 1) / 2;
-      pairs.resize(kRowBlock * row);
-      table.bf16_pack_rows(end - begin, in_.n, grad, in_.n, pairs.data());
-      table.gemm_bf16(end - begin, in_.k, in_.n, {pairs.data(), row, 1, table.bf16_panel * row}, bf16_,
-                      gamma_, grad_n, in_.k, /*accumulate=*/false);
-    } else {
-      table.gemm(end - begin, in_.k, in_.n, grad, /*a_row=*/in_.n, /*a_col=*/1, values_, grad_n, in_.k,
-                 /*accumulate=*/false);
-    }
+    table.bf16_pack_rows(rows, in_.n, grad_y, in_.n, pairs_.data());
+    table.gemm_bf16(rows, in_.k, in_.n, {pairs_.data(), pairs(), 1, table.bf16_panel * pairs()},
+                    static_cast<const int32_t*>(packed_), gamma_, grad_n, in_.k, /*accumulate=*/false);
   }
 
  private:
+  int64_t pairs() const { return (in_.n + 1) / 2; }
+
   const Inputs& in_;
-  const T* grad_y_;
+  bool bf16_;
+  const void* packed_;
   T gamma_;
-  const int32_t* bf16_ = nullptr;
-  const T* values_ = nullptr;
+  std::vector<int32_t> pairs_;
+  std::optional<SumTableProduct<T>> sums_;
 };
 
 /// grad_x, and through the norm if there is one.
 template <class T>
 void backward_x(const Inputs& in, const at::Tensor& weight, const T* grad_y, T* grad_x, T* grad_norm_scale) {
   const auto weights = ternary_weights<T>(weight, in.quantizer);
-  const ProductWithWeights<T> product(in, weight, *weights, grad_y);
+  const void* packed = weights->packed(
+      uses_bf16<T>(in) ? TernaryLayout::kBf16Transposed : TernaryLayout::kSumTableTransposed, weight);
   if (!in.norm_scale.defined()) {
     at::parallel_for(0, in.m, kRowBlock, [&](int64_t first, int64_t last) {
-      std::vector<int32_t> pairs;
-      for_row_blocks(first, last, kRowBlock,
-                     [&](int64_t begin, int64_t end) { product(begin, end, pairs, grad_x + begin * in.k); });
+      ProductWithWeights<T> product(in, packed, weights->gamma());
+      for_row_blocks(first, last, kRowBlock, [&](int64_t begin, int64_t end) {
+        product(end - begin, grad_y + begin * in.n, grad_x + begin * in.k);
+      });
     });
     return;
   }
   sum_over_rows(in.m, in.k, grad_norm_scale, [&](int64_t first, int64_t last, T* partial) {
+    ProductWithWeights<T> product(in, packed, weights->gamma());
     std::vector<T> grad_n(kRowBlock * in.k);
-    std::vector<int32_t> pairs;
     for_row_blocks(first, last, kRowBlock, [&](int64_t begin, int64_t end) {
-      product(begin, end, pairs, grad_n.data());
+      product(end - begin, grad_y + begin * in.n, grad_n.data());
       kernels::table<T>().rms_norm_backward(
           end - begin, in.k, grad_n.data(), in.x.const_data_ptr<T>() + begin * in.k,
           in.norm_scale.const_data_ptr<T>(), static_cast<T>(in.eps), grad_x + begin * in.k, partial);

@@ -30,7 +30,9 @@ namespace flashlm {
 /// bfloat16 tensors are computed in float32. In mode "int8", on CPUs that multiply bfloat16 (AVX512-BF16),
 /// the two products of the backward round dy (dweight: dy / s) to bfloat16; Q and q are exact in it and the
 /// sums are float32. The error of a gradient's element is at most 2^-8 of its sum of magnitudes, 2e-3 of its
-/// size in practice. Elsewhere, and in mode "none", they are float32 throughout.
+/// size in practice. Elsewhere, and in mode "none", they are float32 throughout. The products with Q in mode
+/// "none", and that of dx where bfloat16 is not multiplied, are made of additions alone, by tables of partial
+/// sums: exact but for the rounding of sums, which comes in the same order on every CPU.
 ///
 /// Between forward and backward are kept: q and 1 / s in mode "int8" without a norm (a quarter of x, which
 /// may then be freed); else x, of which n and a are made again.

@@ -21,52 +21,43 @@ void for_panels(int64_t width, int64_t panel, int64_t depth, const Body& body) {
                    });
 }
 
-/// The (k, n) matrix B(i, j) = gamma Q(i * row_stride + j * col_stride) as kernels::gemm takes it: packed
-/// first, quantized in place.
-template <class T>
-at::Tensor pack_values(int64_t k, int64_t n, const at::Tensor& weight, int64_t row_stride, int64_t col_stride,
-                       TernaryScale<T> scale) {
-  const auto& table = kernels::table<T>();
-  const int64_t panel = table.gemm_panel;
-  at::Tensor packed = at::empty({k * round_up(n, panel)}, weight.options());
-  for_panels(n, panel, k, [&](int64_t begin, int64_t end) {
-    T* to = packed.mutable_data_ptr<T>() + begin * k;
-    table.gemm_pack(k, end - begin, weight.const_data_ptr<T>() + begin * col_stride, row_stride, col_stride,
-                    to);
-    table.ternary_values(k * panel, to, scale.bound, scale.gamma, to);
-  });
-  return packed;
+std::unique_ptr<uint8_t[]> uninitialized(int64_t bytes) {
+  return std::make_unique_for_overwrite<uint8_t[]>(static_cast<size_t>(bytes));
 }
 
 template <class T>
-at::Tensor pack_codes(const at::Tensor& weight, TernaryScale<T> scale) {
+std::unique_ptr<uint8_t[]> pack(TernaryLayout layout, int64_t n, int64_t k, const int8_t* codes) {
   const auto& table = kernels::table<T>();
-  const int64_t n = weight.size(0), k = weight.size(1), panel = table.ternary_panel;
-  at::Tensor packed = at::empty({round_up(n, panel) * round_up(k, 4)}, weight.options().dtype(at::kByte));
-  for_panels(n, panel, k, [&](int64_t begin, int64_t end) {
-    std::vector<int8_t> codes((end - begin) * k);
-    table.ternary_codes((end - begin) * k, weight.const_data_ptr<T>() + begin * k, scale.bound, codes.data());
-    table.ternary_pack(end - begin, k, codes.data(),
-                       packed.mutable_data_ptr<uint8_t>() + begin * round_up(k, 4));
-  });
-  return packed;
-}
-
-template <class T>
-at::Tensor pack_bf16_transposed(const at::Tensor& weight, TernaryScale<T> scale) {
-  const auto& table = kernels::table<T>();
-  const int64_t n = weight.size(0), k = weight.size(1), panel = table.bf16_panel;
-  const int64_t pairs = (n + 1) / 2;
-  at::Tensor packed = at::empty({pairs * round_up(k, panel)}, weight.options().dtype(at::kInt));
-  std::vector<int8_t> codes(n * k);
-  at::parallel_for(0, n, row_grain(k), [&](int64_t begin, int64_t end) {
-    table.ternary_codes((end - begin) * k, weight.const_data_ptr<T>() + begin * k, scale.bound,
-                        codes.data() + begin * k);
-  });
-  for_panels(k, panel, n, [&](int64_t begin, int64_t end) {
-    table.bf16_pack_int8(n, end - begin, codes.data() + begin, k,
-                         packed.mutable_data_ptr<int32_t>() + begin * pairs);
-  });
+  std::unique_ptr<uint8_t[]> packed;
+  switch (layout) {
+    case TernaryLayout::kInt8: {
+      const int64_t panel = table.ternary_panel, padded = round_up(k, 4);
+      packed = uninitialized(round_up(n, panel) * padded);
+      for_panels(n, panel, k, [&](int64_t begin, int64_t end) {
+        table.ternary_pack(end - begin, k, codes + begin * k, packed.get() + begin * padded);
+      });
+      break;
+    }
+    case TernaryLayout::kSumTable:
+      packed = uninitialized(table.sum_table_packed_size(n, k));
+      table.sum_table_pack(n, k, codes, /*row_stride=*/k, /*col_stride=*/1, packed.get());
+      break;
+    case TernaryLayout::kSumTableTransposed:
+      packed = uninitialized(table.sum_table_packed_size(k, n));
+      table.sum_table_pack(k, n, codes, /*row_stride=*/1, /*col_stride=*/k, packed.get());
+      break;
+    case TernaryLayout::kBf16Transposed: {
+      const int64_t panel = table.bf16_panel, pairs = (n + 1) / 2;
+      packed = uninitialized(pairs * round_up(k, panel) * static_cast<int64_t>(sizeof(int32_t)));
+      for_panels(k, panel, n, [&](int64_t begin, int64_t end) {
+        table.bf16_pack_int8(n, end - begin, codes + begin, k,
+                             reinterpret_cast<int32_t*>(packed.get()) + begin * pairs);
+      });
+      break;
+    }
+    case TernaryLayout::kCount:
+      TORCH_INTERNAL_ASSERT(false);
+  }
   return packed;
 }
 
@@ -134,29 +125,20 @@ TernaryWeights<T>::TernaryWeights(const at::Tensor& weight, Quantizer quantizer)
     : scale_(ternary_scale<T>(kernel_input(weight, weight), quantizer)) {}
 
 template <class T>
-const at::Tensor& TernaryWeights<T>::packed(TernaryLayout layout, const at::Tensor& weight) {
+const void* TernaryWeights<T>::packed(TernaryLayout layout, const at::Tensor& weight) {
   const std::lock_guard lock(mutex_);
-  at::Tensor& packed = layouts_[static_cast<size_t>(layout)];
-  if (packed.defined()) return packed;
-  const at::Tensor w = kernel_input(weight, weight);
-  const int64_t n = w.size(0), k = w.size(1);
-  switch (layout) {
-    case TernaryLayout::kInt8:
-      packed = pack_codes<T>(w, scale_);
-      break;
-    case TernaryLayout::kFloat:
-      packed = pack_values<T>(k, n, w, /*row_stride=*/1, /*col_stride=*/k, scale_);
-      break;
-    case TernaryLayout::kFloatTransposed:
-      packed = pack_values<T>(n, k, w, /*row_stride=*/k, /*col_stride=*/1, scale_);
-      break;
-    case TernaryLayout::kBf16Transposed:
-      packed = pack_bf16_transposed<T>(w, scale_);
-      break;
-    case TernaryLayout::kCount:
-      TORCH_INTERNAL_ASSERT(false);
+  auto& packed = layouts_[static_cast<size_t>(layout)];
+  if (packed == nullptr) {
+    const at::Tensor w = kernel_input(weight, weight);
+    const int64_t n = w.size(0), k = w.size(1);
+    std::vector<int8_t> codes(n * k);
+    at::parallel_for(0, n, row_grain(k), [&](int64_t begin, int64_t end) {
+      kernels::table<T>().ternary_codes((end - begin) * k, w.const_data_ptr<T>() + begin * k, scale_.bound,
+                                        codes.data() + begin * k);
+    });
+    packed = pack<T>(layout, n, k, codes.data());
   }
-  return packed;
+  return packed.get();
 }
 
 template <class T>

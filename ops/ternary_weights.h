@@ -42,10 +42,10 @@ TernaryScale<T> ternary_scale(const at::Tensor& weight, kernels::Quantizer quant
 
 /// Ways to lay out Q (N, K) for a product over K, or its transpose for a product over N.
 enum class TernaryLayout {
-  kInt8,             // for ternary_gemm
-  kFloat,            // gamma Q for gemm, over K
-  kFloatTransposed,  // gamma Q for gemm, over N
-  kBf16Transposed,   // Q for gemm_bf16, over N
+  kInt8,                // for ternary_gemm, over K
+  kSumTable,            // for sum_table_gemm, over K
+  kSumTableTransposed,  // for sum_table_gemm, over N
+  kBf16Transposed,      // for gemm_bf16, over N
   kCount
 };
 
@@ -59,12 +59,12 @@ class TernaryWeights {
   T gamma() const { return scale_.gamma; }
 
   /// Packed at the first call; `weight` is the one that the object was made of, unchanged.
-  const at::Tensor& packed(TernaryLayout layout, const at::Tensor& weight);
+  const void* packed(TernaryLayout layout, const at::Tensor& weight);
 
  private:
   TernaryScale<T> scale_;
   std::mutex mutex_;
-  std::array<at::Tensor, static_cast<size_t>(TernaryLayout::kCount)> layouts_;
+  std::array<std::unique_ptr<uint8_t[]>, static_cast<size_t>(TernaryLayout::kCount)> layouts_;
 };
 
 /// Those of weight (N, K), kept from the last call if nothing has changed since: the same storage, place and

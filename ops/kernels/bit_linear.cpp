@@ -119,11 +119,6 @@ void ternary_codes(int64_t n, const T* w, T bound, int8_t* codes) {
   for (int64_t i = 0; i < n; ++i) codes[i] = static_cast<int8_t>(code(w[i], bound));
 }
 
-template <class T>
-void ternary_values(int64_t n, const T* w, T bound, T gamma, T* q) {
-  for (int64_t i = 0; i < n; ++i) q[i] = static_cast<T>(code(w[i], bound)) * gamma;
-}
-
 /// packed[panel][k / kGroup][output][kGroup]; what lies outside (n, k) is the code 0.
 void pack(int64_t n, int64_t k, const int8_t* codes, uint8_t* packed) {
   typedef uint8_t Group __attribute__((vector_size(kGroup)));
@@ -313,7 +308,6 @@ void add_bit_linear(Table<T>& table) {
   table.abs_sum = abs_sum<T>;
   table.fingerprint = fingerprint;
   table.ternary_codes = ternary_codes<T>;
-  table.ternary_values = ternary_values<T>;
   table.quantize_rows = quantize_rows<T>;
   table.dequantize_rows = dequantize_rows<T>;
   table.ternary_panel = kOutputs;

@@ -45,9 +45,6 @@ struct Table {
   /// codes = 1 where w > bound, -1 where w < -bound, else 0.
   void (*ternary_codes)(int64_t n, const T* w, T bound, int8_t* codes);
 
-  /// q = gamma * code; q may be w.
-  void (*ternary_values)(int64_t n, const T* w, T bound, T gamma, T* q);
-
   /// Rows of x (rows, k) to int8: s = 127 / max(max|x|, 1e-5), q = round(s x), ties to even, in
   /// [-127, 127]. q (rows, round_up(k, 4)) is padded with zeros; inverse_scale (rows) = 1 / s; row_sum (rows)
   /// = sum of q. A row with an infinity or a NaN gets q = 0 and inverse_scale = NaN.
@@ -149,6 +146,24 @@ struct Table {
   /// As ternary_gemm, with the same bits for the same codes.
   void (*packed_gemm)(int64_t m, int64_t n, int64_t k, const int8_t* q, const int32_t* row_sum,
                       const T* inverse_scale, const uint8_t* packed, T gamma, T* y, int64_t y_row);
+
+  // ---- sum_table: ternary weights times rows of T, no multiplication by weights, no activation rounded ----
+
+  /// Bytes that n x k codes take when packed, and bytes of scratch that a call of sum_table_gemm needs.
+  int64_t (*sum_table_packed_size)(int64_t n, int64_t k);
+  int64_t (*sum_table_workspace_size)(int64_t n, int64_t k);
+
+  /// Packs Q (n, k), Q(j, p) = codes[j * row_stride + p * col_stride] in {-1, 0, 1}. The layout is the same
+  /// on every level.
+  void (*sum_table_pack)(int64_t n, int64_t k, const int8_t* codes, int64_t row_stride, int64_t col_stride,
+                         uint8_t* packed);
+
+  /// y(i, j) = y[i * y_row + j] = gamma * sum over p of x[i * x_row + p] Q(j, p), for m rows; y may not
+  /// overlap x. Additions come in an order that (k, Q) alone decide: a row has the same bits whatever rows it
+  /// is computed with, and on every level. A code 0 leaves x out, be it a NaN. Rows are computed kVectorBytes
+  /// / sizeof(T) at a time, for the price of all of them: hand over many.
+  void (*sum_table_gemm)(int64_t m, int64_t n, int64_t k, const T* x, int64_t x_row, const uint8_t* packed,
+                         T gamma, T* y, int64_t y_row, void* workspace);
 
   // ---- relu2_glu: y = max(gate, 0)^2 * up, elementwise over n values ----
 

@@ -1,0 +1,354 @@
+// SPDX-License-Identifier: Apache-2.0
+// Ternary weights times floating-point rows by additions alone, in the rows' own precision. Four columns of
+// as many rows as a vector has lanes give a table of all their signed sums ("Four Russians"): an output then
+// takes one addition for every four weights, whose codes are the number of the sum.
+//
+// What is scarce is the first-level cache: its size, and on Zen 4 its stores. So a table holds only one of
+// each pair of opposite sums, 41 of 81, and the opposite is subtracted. Which of the kTables sums of an
+// output are added and which are subtracted cannot be decided while running; instead, packing lists the
+// outputs by their number of added sums, and each length has its own branch-free code.
+#include "ops/kernels/families.h"
+#include "ops/kernels/vec.h"
+
+namespace flashlm::kernels::FLASHLM_ISA {
+namespace {
+
+constexpr int64_t kGroup = 4;   // weights that one sum stands for; with 3, tables are cheap but sums many
+constexpr int64_t kSums = 41;   // in a table: the empty sum, and one of each of 40 opposite pairs
+constexpr int64_t kTables = 6;  // in use at once: 6 * 41 lines are numbered in a byte, and 15 KiB
+constexpr int64_t kDepth = kTables * kGroup;  // weights of an output in one pass
+constexpr int64_t kUnroll = 2;                // outputs at a time
+constexpr int64_t kBlock = 2048;              // outputs whose partial results stay in the second-level cache
+static_assert(kTables * kSums <= 256);
+
+inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+inline int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+// ---- layout of packed codes ----
+//
+// The same on every level. Outputs are cut into blocks of equal width, the last one less; a block has its
+// passes over k in order. A pass is a list of one record per output, sorted by `added`:
+//   bits 8 i .. 8 i + 7, i < added             number of a line (a sum) to be added
+//   bits 8 i .. 8 i + 7, added <= i < kTables  number of a line to be subtracted
+//   bits 48 .. 63                              the output, counted from the block's first
+// preceded by the length of each of the kTables + 1 parts of the list. A part is filled up to a multiple of
+// kUnroll with records of empty sums for an output that does not exist, the one past the block's last.
+
+typedef uint64_t Record;
+constexpr int64_t kParts = kTables + 1;
+
+struct Counts {
+  uint16_t part[8];
+};
+static_assert(kParts <= 8);
+constexpr int64_t kCountWords = sizeof(Counts) / sizeof(Record);
+
+struct Layout {
+  int64_t width, blocks, passes, stride;  // stride: of a pass, in words
+
+  Layout(int64_t n, int64_t k) {
+    blocks = divide_up(n, kBlock);
+    width = blocks > 0 ? divide_up(n, blocks) : 0;
+    passes = k > 0 ? divide_up(k, kDepth) : 1;  // a sum of nothing is still a result
+    stride = kCountWords + width + kParts * (kUnroll - 1);
+  }
+};
+
+int64_t packed_size(int64_t n, int64_t k) {
+  const Layout layout(n, k);
+  return layout.blocks * layout.passes * layout.stride * static_cast<int64_t>(sizeof(Record));
+}
+
+/// The first kDepth of k codes as a record, but for the output, and how many of its sums are added.
+inline Record make_record(int64_t k, const int8_t* codes, int64_t col_stride, int64_t* added) {
+  int8_t some[kDepth] = {};
+  if (k < kDepth) {
+    for (int64_t i = 0; i < k; ++i) some[i] = codes[i * col_stride];
+    codes = some;
+    col_stride = 1;
+  }
+  Record lines = 0;
+  int64_t first = 0;
+#pragma GCC unroll 8
+  for (int64_t t = 0; t < kTables; ++t, codes += kGroup * col_stride) {
+    const int64_t sum =
+        codes[0] + 3 * codes[col_stride] + 9 * codes[2 * col_stride] + 27 * codes[3 * col_stride];
+    const int64_t negative = sum >> 63;  // all ones, or zero: a branch on a weight's sign is never predicted
+    const int64_t line = t * kSums + ((sum ^ negative) - negative);
+    lines |= static_cast<Record>(line) << 8 * (first + ((kTables - 1 - t) & negative));
+    first += 1 + negative;
+  }
+  *added = first;
+  return lines;
+}
+
+void pack(int64_t n, int64_t k, const int8_t* codes, int64_t row_stride, int64_t col_stride,
+          uint8_t* packed) {
+  const Layout layout(n, k);
+  Record records[kBlock];
+  uint8_t added[kBlock];
+  for (int64_t j = 0; j < n; j += layout.width) {
+    const int64_t width = min_of(layout.width, n - j);
+    for (int64_t pass = 0; pass < layout.passes; ++pass, packed += layout.stride * sizeof(Record)) {
+      int64_t length[kParts] = {}, next[kParts];
+      for (int64_t i = 0; i < width; ++i) {
+        int64_t part;
+        records[i] = make_record(k - pass * kDepth, codes + (j + i) * row_stride + pass * kDepth * col_stride,
+                                 col_stride, &part);
+        records[i] |= static_cast<Record>(i) << 48;
+        added[i] = static_cast<uint8_t>(part);
+        ++length[part];
+      }
+      Counts counts = {};
+      uint8_t* list = packed + sizeof counts;
+      int64_t total = 0;
+      for (int64_t part = 0; part < kParts; ++part) {
+        next[part] = total;
+        const int64_t padded = round_up(length[part], kUnroll);
+        counts.part[part] = static_cast<uint16_t>(padded);
+        for (int64_t i = length[part]; i < padded; ++i) {
+          const Record none = static_cast<Record>(layout.width) << 48;
+          memcpy(list + (total + i) * sizeof none, &none, sizeof none);
+        }
+        total += padded;
+      }
+      memcpy(packed, &counts, sizeof counts);
+      for (int64_t i = 0; i < width; ++i) {
+        memcpy(list + next[added[i]]++ * sizeof(Record), records + i, sizeof(Record));
+      }
+    }
+  }
+}
+
+// ---- four columns of kLanes rows, transposed ----
+
+template <int64_t... indices>
+struct Indices {};
+template <int64_t n, int64_t... indices>
+struct FirstIndices : FirstIndices<n - 1, n - 1, indices...> {};
+template <int64_t... indices>
+struct FirstIndices<0, indices...> {
+  typedef Indices<indices...> type;
+};
+constexpr typename FirstIndices<kLanes<float>>::type kAllLanes = {};
+
+/// In each 128 bits: a's and b's two lower (or upper) elements of `size` floats, alternating.
+template <int size, bool upper, int64_t... i>
+inline Vec<float> interleave(Vec<float> a, Vec<float> b, Indices<i...>) {
+  constexpr int64_t lanes = kLanes<float>;
+  return __builtin_shufflevector(a, b,
+                                 (i / 4 * 4 + (size == 1 ? upper * 2 + i % 4 / 2 : upper * 2 + i % 2) +
+                                  (size == 1 ? i % 2 : i % 4 / 2) * lanes)...);
+}
+
+/// Transposes the 4 x 4 matrices that four vectors' 128-bit parts are the rows of.
+inline void transpose4(Vec<float> v[4]) {
+  const Vec<float> low01 = interleave<1, false>(v[0], v[1], kAllLanes);
+  const Vec<float> high01 = interleave<1, true>(v[0], v[1], kAllLanes);
+  const Vec<float> low23 = interleave<1, false>(v[2], v[3], kAllLanes);
+  const Vec<float> high23 = interleave<1, true>(v[2], v[3], kAllLanes);
+  v[0] = interleave<2, false>(low01, low23, kAllLanes);
+  v[1] = interleave<2, true>(low01, low23, kAllLanes);
+  v[2] = interleave<2, false>(high01, high23, kAllLanes);
+  v[3] = interleave<2, true>(high01, high23, kAllLanes);
+}
+
+typedef float Four __attribute__((vector_size(16)));
+
+/// v's 128 bits at 4 * part.
+template <int64_t part>
+inline Four four_of(Vec<float> v) {
+  return __builtin_shufflevector(v, v, part * 4, part * 4 + 1, part * 4 + 2, part * 4 + 3);
+}
+
+inline Four load_four(const float* p) {
+  Four four;
+  memcpy(&four, p, sizeof four);
+  return four;
+}
+
+/// Rows 0, step, 2 step ... of four floats each, side by side.
+inline Vec<float> load_fours(const float* x, [[maybe_unused]] int64_t step) {
+#if defined(__AVX512F__)
+  typedef float Eight __attribute__((vector_size(32)));
+  const Eight low = __builtin_shufflevector(load_four(x), load_four(x + step), 0, 1, 2, 3, 4, 5, 6, 7);
+  const Eight high =
+      __builtin_shufflevector(load_four(x + 2 * step), load_four(x + 3 * step), 0, 1, 2, 3, 4, 5, 6, 7);
+  return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+#elif defined(__AVX2__)
+  return __builtin_shufflevector(load_four(x), load_four(x + step), 0, 1, 2, 3, 4, 5, 6, 7);
+#else
+  return load_four(x);
+#endif
+}
+
+template <int64_t part = 0>
+inline void store_fours(float* y, int64_t step, Vec<float> v) {
+  const Four four = four_of<part>(v);
+  memcpy(y, &four, sizeof four);
+  if constexpr (part + 1 < kLanes<float> / 4) store_fours<part + 1>(y + step, step, v);
+}
+
+/// columns[c][i] = x[i * x_row + c]
+template <class T>
+inline void load_columns(int64_t rows, int64_t width, const T* x, int64_t x_row, Vec<T> columns[kGroup]) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (rows == kLanes<T> && width >= kGroup) {
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < 4; ++i) columns[i] = load_fours(x + i * x_row, 4 * x_row);
+      transpose4(columns);
+      return;
+    }
+  }
+  T values[kGroup][kLanes<T>] = {};
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t c = 0; c < min_of(width, kGroup); ++c) values[c][i] = x[i * x_row + c];
+  }
+  for (int64_t c = 0; c < kGroup; ++c) columns[c] = load(values[c]);
+}
+
+/// y[i * y_row + c] = gamma * columns[c * kLanes + i]
+template <class T>
+inline void store_columns(int64_t rows, int64_t width, T gamma, const T* columns, T* y, int64_t y_row) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (rows == kLanes<T> && width >= kGroup) {
+      Vec<T> v[kGroup];
+#pragma GCC unroll 4
+      for (int64_t c = 0; c < kGroup; ++c) v[c] = load(columns + c * kLanes<T>) * gamma;
+      transpose4(v);
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < 4; ++i) store_fours(y + i * y_row, 4 * y_row, v[i]);
+      return;
+    }
+  }
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t c = 0; c < min_of(width, kGroup); ++c) y[i * y_row + c] = gamma * columns[c * kLanes<T> + i];
+  }
+}
+
+// ---- tables ----
+
+/// Line i of a table, 0 < i < kSums, is the sum of d_c x_c whose digits d_c in {-1, 0, 1} make up
+/// i = d_0 + 3 d_1 + 9 d_2 + 27 d_3. A column with d_c = 0 takes no part: not even its NaN does. Line 0 is
+/// left.
+template <class T>
+inline void build(const Vec<T> x[kGroup], T* table) {
+  constexpr int64_t lanes = kLanes<T>;
+  const Vec<T> low[5] = {Vec<T>{}, x[0], x[1] - x[0], x[1], x[1] + x[0]};
+#pragma GCC unroll 4
+  for (int64_t i = 1; i < 5; ++i) store(table + i * lanes, low[i]);
+  store(table + 9 * lanes, x[2]);
+  store(table + 18 * lanes, x[3] - x[2]);
+  store(table + 27 * lanes, x[3]);
+  store(table + 36 * lanes, x[3] + x[2]);
+  // Not unrolled, or else the compiler first makes all sums and then has nowhere to keep them.
+#pragma GCC unroll 1
+  for (int64_t line = 9; line < kSums; line += 9) {
+    T* centre = table + line * lanes;
+    const Vec<T> high = load(centre);
+#pragma GCC unroll 4
+    for (int64_t i = 1; i < 5; ++i) {
+      store(centre - i * lanes, high - low[i]);
+      store(centre + i * lanes, high + low[i]);
+    }
+  }
+}
+
+// ---- product ----
+
+/// The number of the line at `bit` of a record, as its distance in bytes: lines are as long as a vector. A
+/// rotation and a mask, as `by` is never 0.
+inline int64_t line_offset(Record record, int64_t bit) {
+  constexpr int64_t shift = kVectorBytes == 64 ? 6 : kVectorBytes == 32 ? 5 : 4;
+  const int64_t by = (bit - shift) & 63;
+  const Record rotated = record >> by | record << (64 - by);
+  return static_cast<int64_t>(rotated & (0xff << shift));
+}
+
+/// The outputs of one part of a pass: the first `added` lines of each are added, the others subtracted.
+template <class T, int64_t added>
+inline const uint8_t* part(int64_t count, const uint8_t* list, const T* tables, T* partial) {
+  for (const uint8_t* end = list + count * sizeof(Record); list != end; list += kUnroll * sizeof(Record)) {
+    Record record[kUnroll];
+    T* output[kUnroll];
+    Vec<T> sum[kUnroll];
+#pragma GCC unroll 4
+    for (int64_t u = 0; u < kUnroll; ++u) {
+      memcpy(record + u, list + u * sizeof(Record), sizeof(Record));
+      output[u] = partial + static_cast<int64_t>(record[u] >> 48) * kLanes<T>;
+      sum[u] = load(output[u]);
+    }
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < kTables; ++i) {
+#pragma GCC unroll 4
+      for (int64_t u = 0; u < kUnroll; ++u) {
+        const Vec<T> line = load(reinterpret_cast<const T*>(reinterpret_cast<const uint8_t*>(tables) +
+                                                            line_offset(record[u], 8 * i)));
+        sum[u] = i < added ? sum[u] + line : sum[u] - line;
+      }
+    }
+#pragma GCC unroll 4
+    for (int64_t u = 0; u < kUnroll; ++u) store(output[u], sum[u]);
+  }
+  return list;
+}
+
+template <class T, int64_t added = 0>
+inline void all_parts(const Counts& counts, const uint8_t* list, const T* tables, T* partial) {
+  list = part<T, added>(counts.part[added], list, tables, partial);
+  if constexpr (added < kTables) all_parts<T, added + 1>(counts, list, tables, partial);
+}
+
+template <class T>
+int64_t workspace_size(int64_t n, int64_t k) {
+  const int64_t lines = kTables * kSums + Layout(n, k).width + 1;
+  return (lines + 1) * kVectorBytes;  // one more to align the lines
+}
+
+template <class T>
+void gemm(int64_t m, int64_t n, int64_t k, const T* x, int64_t x_row, const uint8_t* packed, T gamma, T* y,
+          int64_t y_row, void* workspace) {
+  constexpr int64_t lanes = kLanes<T>;
+  const Layout layout(n, k);
+  const uintptr_t address = reinterpret_cast<uintptr_t>(workspace);
+  T* tables = reinterpret_cast<T*>((address + kVectorBytes - 1) / kVectorBytes * kVectorBytes);
+  T* partial = tables + kTables * kSums * lanes;
+  for (int64_t t = 0; t < kTables; ++t) store(tables + t * kSums * lanes, Vec<T>{});
+  for (; m > 0; m -= lanes, x += lanes * x_row, y += lanes * y_row) {
+    const int64_t rows = min_of(lanes, m);
+    const uint8_t* pass = packed;
+    for (int64_t j = 0; j < n; j += layout.width) {
+      memset(partial, 0, static_cast<size_t>((layout.width + 1) * kVectorBytes));
+      for (int64_t p = 0; p < layout.passes * kDepth; p += kDepth, pass += layout.stride * sizeof(Record)) {
+        for (int64_t t = 0; t < kTables && p + t * kGroup < k; ++t) {
+          Vec<T> columns[kGroup];
+          load_columns(rows, k - p - t * kGroup, x + p + t * kGroup, x_row, columns);
+          build(columns, tables + t * kSums * lanes);
+        }
+        // What the next pass reads: too many rows side by side for the hardware to foresee.
+        for (int64_t i = 0; i < rows; ++i) __builtin_prefetch(x + i * x_row + p + kDepth + kDepth / 2);
+        Counts counts;
+        memcpy(&counts, pass, sizeof counts);
+        all_parts(counts, pass + sizeof counts, tables, partial);
+      }
+      const int64_t width = min_of(layout.width, n - j);
+      for (int64_t c = 0; c < width; c += kGroup) {
+        store_columns(rows, width - c, gamma, partial + c * lanes, y + j + c, y_row);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+template <class T>
+void add_sum_table(Table<T>& table) {
+  table.sum_table_packed_size = packed_size;
+  table.sum_table_pack = pack;
+  table.sum_table_workspace_size = workspace_size<T>;
+  table.sum_table_gemm = gemm<T>;
+}
+template void add_sum_table(Table<float>&);
+template void add_sum_table(Table<double>&);
+
+}  // namespace flashlm::kernels::FLASHLM_ISA

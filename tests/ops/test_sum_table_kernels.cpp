@@ -1,0 +1,261 @@
+// SPDX-License-Identifier: Apache-2.0
+// Sum tables on plain arrays, on every ISA level this machine runs: on small multiples of 1/8, whose sums are
+// exact, bit for bit against the triple loop; on other values within the bound that their additions allow.
+#include <catch2/catch.hpp>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <random>
+#include <vector>
+
+#include "ops/kernels/kernels.h"
+
+using namespace flashlm::kernels;
+
+namespace {
+
+/// Calls f(table) for both types of every level that this machine runs.
+template <class F>
+void for_each_table(const F& f) {
+  for (int64_t i = 0; i < levels().count; ++i) {
+    const Level& level = levels().first[i];
+    if (!level.supported()) continue;
+    INFO(level.name);
+    f(level.float_table());
+    f(level.double_table());
+  }
+}
+
+/// The T of a Table<T>, for decltype.
+template <class T>
+T element_of(const Table<T>&);
+
+std::vector<int8_t> ternary(int64_t n, uint32_t seed) {
+  std::mt19937 generator(seed);
+  std::vector<int8_t> out(n);
+  for (int8_t& code : out) code = static_cast<int8_t>(static_cast<int>(generator() % 3) - 1);
+  return out;
+}
+
+template <class T>
+std::vector<T> dyadic(int64_t n, uint32_t seed) {
+  std::mt19937 generator(seed);
+  std::vector<T> out(n);
+  for (T& x : out) x = static_cast<T>(static_cast<int>(generator() % 33) - 16) / 8;
+  return out;
+}
+
+template <class T>
+std::vector<T> normal(int64_t n, uint32_t seed) {
+  std::mt19937 generator(seed);
+  std::vector<T> out(n);
+  for (T& x : out) x = (static_cast<T>(generator() % 20001) - T(10000)) / T(3000);
+  return out;
+}
+
+constexpr int64_t kGuard = 64;  // bytes after a buffer that must not be written
+
+/// Q (n, k) row by row in `codes`, packed from there or from a transposed copy; one byte off any alignment.
+template <class T>
+struct Packed {
+  std::vector<uint8_t> bytes;
+
+  Packed(const Table<T>& t, int64_t n, int64_t k, const std::vector<int8_t>& codes, bool transposed = false) {
+    const int64_t size = t.sum_table_packed_size(n, k), padding = 3;
+    bytes.assign(1 + size + kGuard, 77);
+    if (transposed) {
+      std::vector<int8_t> turned(k * (n + padding), 1);
+      for (int64_t j = 0; j < n; ++j) {
+        for (int64_t p = 0; p < k; ++p) turned[p * (n + padding) + j] = codes[j * k + p];
+      }
+      t.sum_table_pack(n, k, turned.data(), 1, n + padding, data());
+    } else {
+      t.sum_table_pack(n, k, codes.data(), k, 1, data());
+    }
+    for (int64_t i = 0; i < kGuard; ++i) REQUIRE(bytes[1 + size + i] == 77);
+  }
+  uint8_t* data() { return bytes.data() + 1; }
+};
+
+/// y (m, n) with rows of n + 2, of which the last two must stay -5; x has rows of x_row.
+template <class T>
+std::vector<T> product(const Table<T>& t, int64_t m, int64_t n, int64_t k, const T* x, int64_t x_row,
+                       uint8_t* packed, T gamma) {
+  const int64_t size = t.sum_table_workspace_size(n, k);
+  std::vector<uint8_t> workspace(1 + size + kGuard, 77);
+  std::vector<T> y(1 + m * (n + 2), T(-5));
+  t.sum_table_gemm(m, n, k, x, x_row, packed, gamma, y.data() + 1, n + 2, workspace.data() + 1);
+  for (int64_t i = 0; i < kGuard; ++i) REQUIRE(workspace[1 + size + i] == 77);
+  for (int64_t i = 0; i < m; ++i) REQUIRE((y[1 + i * (n + 2) + n] == -5 && y[1 + i * (n + 2) + n + 1] == -5));
+  return y;
+}
+
+template <class T>
+std::vector<T> triple_loop(int64_t m, int64_t n, int64_t k, const T* x, int64_t x_row,
+                           const std::vector<int8_t>& codes, T gamma) {
+  std::vector<T> y(1 + m * (n + 2), T(-5));
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t j = 0; j < n; ++j) {
+      T sum = 0;
+      for (int64_t p = 0; p < k; ++p) sum += x[i * x_row + p] * static_cast<T>(codes[j * k + p]);
+      y[1 + i * (n + 2) + j] = gamma * sum;
+    }
+  }
+  return y;
+}
+
+template <class T>
+void require_exact(const Table<T>& t, int64_t m, int64_t n, int64_t k, const std::vector<int8_t>& codes,
+                   bool transposed = false) {
+  const int64_t x_row = k + 5;
+  const std::vector<T> x = dyadic<T>(1 + m * x_row, 2);
+  const T gamma = T(0.375);
+  Packed<T> packed(t, n, k, codes, transposed);
+  INFO("m " << m << " n " << n << " k " << k << " transposed " << transposed);
+  REQUIRE(product(t, m, n, k, x.data() + 1, x_row, packed.data(), gamma) ==
+          triple_loop(m, n, k, x.data() + 1, x_row, codes, gamma));
+}
+
+}  // namespace
+
+TEST_CASE("sum_table equals the triple loop at every size around its tiles", "[sum_table]") {
+  for_each_table([](const auto& t) {
+    for (int64_t n : {0, 1, 2, 3, 4, 5, 7, 18, 33}) {
+      for (int64_t k : {0, 1, 2, 3, 4, 5, 7, 8, 23, 24, 25, 48, 53}) {
+        const auto codes = ternary(n * k, 1);
+        for (int64_t m : {0, 1, 2, 3, 4, 5, 8, 9, 15, 16, 17, 33}) require_exact(t, m, n, k, codes);
+        require_exact(t, 17, n, k, codes, /*transposed=*/true);
+      }
+    }
+  });
+}
+
+TEST_CASE("sum_table equals the triple loop on wide and deep matrices", "[sum_table]") {
+  for_each_table([](const auto& t) {
+    for (int64_t n : {2047, 2048, 2049, 4096, 4099}) require_exact(t, 17, n, 7, ternary(n * 7, 1));
+    require_exact(t, 18, 41, 683, ternary(41 * 683, 1), /*transposed=*/true);
+    require_exact(t, 18, 683, 41, ternary(683 * 41, 1));
+  });
+}
+
+TEST_CASE("sum_table finds every sum of four, whichever are added or subtracted", "[sum_table]") {
+  for_each_table([](const auto& t) {
+    // Row j holds the group number j of 81, in a place among 24 codes that j and the case decide.
+    for (int64_t step = 1; step < 81; step += 13) {
+      const int64_t n = 81, k = 24;
+      std::vector<int8_t> codes(n * k);
+      for (int64_t j = 0; j < n; ++j) {
+        for (int64_t g = 0; g < k / 4; ++g) {
+          int64_t number = (j + g * step) % 81;
+          for (int64_t i = 0; i < 4; ++i, number /= 3) {
+            codes[j * k + g * 4 + i] = static_cast<int8_t>(number % 3 - 1);
+          }
+        }
+      }
+      require_exact(t, 16, n, k, codes);
+    }
+    for (int code : {-1, 0, 1})
+      require_exact(t, 16, 50, 70, std::vector<int8_t>(50 * 70, static_cast<int8_t>(code)));
+  });
+}
+
+TEST_CASE("sum_table rounds as its additions do, and alike on every level", "[sum_table]") {
+  const int64_t m = 35, n = 50;
+  for (int64_t k : {1, 6, 24, 100, 683}) {
+    INFO("k " << k);
+    const auto codes = ternary(n * k, 1);
+    std::vector<float> first;
+    for_each_table([&](const auto& t) {
+      using T = decltype(element_of(t));
+      const std::vector<T> x = normal<T>(m * k, 2);
+      const T gamma = T(0.7);
+      Packed<T> packed(t, n, k, codes);
+      const auto y = product(t, m, n, k, x.data(), k, packed.data(), gamma);
+      // A value passes through two additions in its table, one for each of at most six tables a pass of 24
+      // codes, and the final product.
+      const double roundings = 2 + 6 * ((k + 23) / 24) + 1;
+      for (int64_t i = 0; i < m; ++i) {
+        for (int64_t j = 0; j < n; ++j) {
+          long double exact = 0, magnitude = 0;
+          for (int64_t p = 0; p < k; ++p) {
+            exact += static_cast<long double>(x[i * k + p]) * codes[j * k + p];
+            magnitude += std::fabs(x[i * k + p] * static_cast<T>(codes[j * k + p]));
+          }
+          const double unit = std::numeric_limits<T>::epsilon() / 2;
+          const double bound = 1.001 * roundings * unit * static_cast<double>(gamma * magnitude);
+          INFO("row " << i << " output " << j);
+          REQUIRE(std::fabs(static_cast<double>(y[1 + i * (n + 2) + j] - gamma * exact)) <= bound);
+        }
+      }
+      if constexpr (sizeof(T) == sizeof(float)) {
+        if (first.empty()) first = y;
+        REQUIRE(y == first);
+      }
+    });
+  }
+}
+
+TEST_CASE("sum_table gives a row the same bits in whatever company", "[sum_table]") {
+  for_each_table([](const auto& t) {
+    using T = decltype(element_of(t));
+    const int64_t m = 37, n = 45, k = 51, y_row = n + 2;
+    const auto codes = ternary(n * k, 1);
+    std::vector<T> x = normal<T>(m * k, 2);
+    Packed<T> packed(t, n, k, codes);
+    const auto whole = product(t, m, n, k, x.data(), k, packed.data(), T(0.7));
+    for (int64_t begin = 0; begin < m; ++begin) {
+      for (int64_t end : {begin + 1, begin + 5, begin + 16, m}) {
+        if (end > m) continue;
+        const auto some = product(t, end - begin, n, k, x.data() + begin * k, k, packed.data(), T(0.7));
+        INFO("rows " << begin << " to " << end);
+        REQUIRE(std::vector<T>(some.begin() + 1, some.end()) ==
+                std::vector<T>(whole.begin() + 1 + begin * y_row, whole.begin() + 1 + end * y_row));
+      }
+    }
+    // Row 20 breaks; the others do not notice.
+    x[20 * k] = std::numeric_limits<T>::infinity();
+    x[20 * k + 1] = -std::numeric_limits<T>::infinity();
+    x[20 * k + 50] = std::numeric_limits<T>::quiet_NaN();
+    const auto broken = product(t, m, n, k, x.data(), k, packed.data(), T(0.7));
+    for (int64_t i = 0; i < m; ++i) {
+      for (int64_t j = 0; j < n; ++j) {
+        if (i != 20) REQUIRE(broken[1 + i * y_row + j] == whole[1 + i * y_row + j]);
+      }
+    }
+  });
+}
+
+TEST_CASE("sum_table leaves out what a zero code stands before, and keeps infinities", "[sum_table]") {
+  for_each_table([](const auto& t) {
+    using T = decltype(element_of(t));
+    const T infinity = std::numeric_limits<T>::infinity(), nan = std::numeric_limits<T>::quiet_NaN();
+    const int64_t m = 16, n = 30, k = 29;
+    auto codes = ternary(n * k, 1);
+    const std::vector<T> x = dyadic<T>(m * k, 2);
+    Packed<T> packed(t, n, k, codes);
+    const auto finite = product(t, m, n, k, x.data(), k, packed.data(), T(1));
+    for (int64_t p = 0; p < k; ++p) {
+      for (T value : {infinity, nan}) {
+        std::vector<T> odd = x;
+        odd[3 * k + p] = value;
+        const auto y = product(t, m, n, k, odd.data(), k, packed.data(), T(1));
+        for (int64_t j = 0; j < n; ++j) {
+          const int code = codes[j * k + p];
+          const T got = y[1 + 3 * (n + 2) + j], before = finite[1 + 3 * (n + 2) + j];
+          INFO("column " << p << " code " << code);
+          if (code == 0) {
+            REQUIRE(got == before);
+          } else if (std::isnan(value)) {
+            REQUIRE(std::isnan(got));
+          } else {
+            REQUIRE(got == static_cast<T>(code) * infinity);
+          }
+        }
+      }
+    }
+    const auto y = product(t, m, n, k, x.data(), k, packed.data(), nan);
+    for (int64_t i = 0; i < m; ++i) {
+      for (int64_t j = 0; j < n; ++j) REQUIRE(std::isnan(y[1 + i * (n + 2) + j]));
+    }
+  });
+}
