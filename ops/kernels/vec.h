@@ -80,18 +80,34 @@ inline Vec<T> broadcast(T x) {
   return x - Vec<T>{};
 }
 
+/// Folds a vector of kN elements in halves, so that the depth is log2(kN): 16 bytes are left to two scalar
+/// levels, as vectors narrower than a register are no gain.
+template <class T, int64_t kN, class V, class Op>
+inline T fold(const V& v, const Op& op) {
+  if constexpr (kN * sizeof(T) > 16) {
+    typedef T Half __attribute__((vector_size(kN / 2 * sizeof(T))));
+    Half low, high;
+    memcpy(&low, &v, sizeof low);
+    memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
+    return fold<T, kN / 2>(op(low, high), op);
+  } else if constexpr (kN == 4) {
+    return op(op(T(v[0]), T(v[2])), op(T(v[1]), T(v[3])));
+  } else {
+    static_assert(kN == 2);
+    return op(T(v[0]), T(v[1]));
+  }
+}
+
 template <class T>
 inline T reduce_add(Vec<T> v) {
-  T sum = 0;
-  for (int64_t i = 0; i < kLanes<T>; ++i) sum += v[i];
-  return sum;
+  return fold<T, kLanes<T>>(
+      v, [](const auto& a, const auto& b) __attribute__((always_inline)) { return a + b; });
 }
 
 template <class T>
 inline T reduce_max(Vec<T> v) {
-  T best = v[0];
-  for (int64_t i = 1; i < kLanes<T>; ++i) best = v[i] > best ? v[i] : best;
-  return best;
+  return fold<T, kLanes<T>>(
+      v, [](const auto& a, const auto& b) __attribute__((always_inline)) { return a > b ? a : b; });
 }
 
 template <class T>
