@@ -285,6 +285,18 @@ void for_each_window(const Input<T>& input, int64_t longest, const Body& body) {
 
 // ---- backward ----
 
+/// The sum over the first dimension, in order whatever the number of threads; overwrites `parts`.
+template <class T>
+at::Tensor sum_in_order(const at::Tensor& parts) {
+  T* const sum = parts.mutable_data_ptr<T>();
+  const int64_t size = parts.numel() / parts.size(0);
+  for (int64_t p = 1; p < parts.size(0); ++p) {
+    const T* part = sum + p * size;
+    for (int64_t i = 0; i < size; ++i) sum[i] += part[i];
+  }
+  return parts[0].clone();
+}
+
 /// The backward pass of the convolutions of h = the rows of `input`, a sequence after the other, in it a
 /// group after the other, so that all that lies between input and output stays in a level-2 cache.
 ///   back                     pack_conv(call, w, true)
@@ -346,14 +358,19 @@ at::Tensor conv_backward(const Input<T>& input, const at::Tensor& back, const at
   // tasks without much memory, whatever the number of threads. Threads share chunks if there is one for each,
   // else the groups of a sequence, else its time; loops inside a parallel one are serial.
   const int64_t weight = conv.taps * in * outs, all_weights = call.groups * weight;
-  const int64_t chunks = std::clamp<int64_t>(std::min<int64_t>(16, (1 << 22) / all_weights), 1, call.batch);
+  const int64_t chunks = std::clamp<int64_t>(std::min<int64_t>(4, (1 << 22) / all_weights), 1, call.batch);
   const at::Tensor partial = at::zeros({chunks, call.groups, conv.taps, in, outs}, grad_h.options());
   const auto run_chunks = [&](int64_t chunk, int64_t last) {
     const auto rstd = std::make_unique_for_overwrite<T[]>(rows);
     for (; chunk < last; ++chunk) {
       T* const sums = partial.mutable_data_ptr<T>() + chunk * all_weights;
       for (int64_t b = chunk * call.batch / chunks; b < (chunk + 1) * call.batch / chunks; ++b) {
-        input.statistics(b, -call.lead, rows, rstd.get());
+        at::parallel_for(0, blocks_back.count(), 1, [&, b](int64_t i, int64_t end) {
+          for (; i < end; ++i) {
+            const int64_t begin = blocks_back[i].begin;
+            input.statistics(b, begin - call.lead, blocks_back[i].rows, rstd.get() + begin);
+          }
+        });
         const auto run_groups = [&](int64_t g, int64_t end) {
           for (; g < end; ++g) run_group(b, g, rstd.get(), sums + g * weight);
         };
@@ -371,11 +388,7 @@ at::Tensor conv_backward(const Input<T>& input, const at::Tensor& back, const at
   } else {
     run_chunks(0, chunks);
   }
-  T* sum = partial.mutable_data_ptr<T>();
-  for (int64_t c = 1; c < chunks; ++c) {
-    for (int64_t i = 0; i < all_weights; ++i) sum[i] += sum[c * all_weights + i];
-  }
-  return partial[0];
+  return sum_in_order<T>(partial);
 }
 
 /// The gradient of the i-th weight (D, D/G, K) out of ConvBackward::run's.

@@ -97,17 +97,18 @@ Gradients new_gradients(const at::Tensor& grad_y, const at::Tensor& x, const at:
           value_weight.new_empty_symint(value_weight.sym_sizes()), new_history_gradient(history, x)};
 }
 
-/// rms_norm's backward in place on sequence b of grad (B, lead + T, D): from the gradient of the normalised
-/// rows, history first, to that of the rows themselves, with the residual grad_y. Adds to grad_scale (D).
+/// rms_norm's backward in place on rows first .. first + count of sequence b, in grad (B, lead + T, D): from
+/// the gradient of the normalised rows to that of the rows themselves, with the residual grad_y. Adds to
+/// grad_scale (D).
 template <class T>
-void norm_backward(const Input<T>& input, int64_t b, const at::Tensor& grad_y, const at::Tensor& grad,
+void norm_backward(const Input<T>& input, int64_t b, int64_t first, int64_t count, const T* grad_y, T* grad,
                    T* grad_scale) {
   const ConvCall& call = input.call;
-  const int64_t rows = call.lead + call.time;
-  input.for_rows(b, -call.lead, rows, [&](const T* from, int64_t i, int64_t n) {
+  input.for_rows(b, first, count, [&](const T* from, int64_t i, int64_t n) {
+    const int64_t row = first + i;
+    T* to = grad + ((b + 1) * call.lead + b * call.time + row) * call.width;
     // History has no residual.
-    const T* residual = i < call.lead ? nullptr : grad_y.const_data_ptr<T>() + b * call.time * call.width;
-    T* to = grad.mutable_data_ptr<T>() + (b * rows + i) * call.width;
+    const T* residual = row < 0 ? nullptr : grad_y + (b * call.time + row) * call.width;
     kernels::table<T>().rms_norm_residual_backward(n, call.width, to, from, input.scale, input.eps, residual,
                                                    to, grad_scale);
   });
@@ -133,7 +134,8 @@ Gradients gated_conv_backward_cpu(const at::Tensor& grad_y, const at::Tensor& x,
     using T = decltype(t);
     const kernels::Table<T>& table = kernels::table<T>();
     const Input<T> input(call, in, before, scale, eps);
-    const at::Tensor grad_scales = at::zeros({call.batch, call.width}, grad.options());
+    const Blocks blocks(1, call.lead + call.time, kBlock);
+    const at::Tensor grad_scales = at::zeros({call.batch * blocks.count(), call.width}, grad.options());
     const at::Tensor grad_weights = conv_backward(
         input, back, grad,
         [&](int64_t row, int64_t rows, int64_t g, const auto& conv, const T* h, T* convs) {
@@ -143,9 +145,15 @@ Gradients gated_conv_backward_cpu(const at::Tensor& grad_y, const at::Tensor& x,
                                     call.width, convs);
         },
         [&](int64_t b) {
-          norm_backward(input, b, dy, grad, grad_scales.mutable_data_ptr<T>() + b * call.width);
+          at::parallel_for(0, blocks.count(), 1, [&](int64_t i, int64_t last) {
+            for (; i < last; ++i) {
+              norm_backward(input, b, blocks[i].begin - call.lead, blocks[i].rows, dy.const_data_ptr<T>(),
+                            grad.mutable_data_ptr<T>(),
+                            grad_scales.mutable_data_ptr<T>() + (b * blocks.count() + i) * call.width);
+            }
+          });
         });
-    const at::Tensor grad_scale = grad_scales.cumsum(0)[-1];
+    const at::Tensor grad_scale = sum_in_order<T>(grad_scales);
     const auto [grad_x, grad_history] = split_gradient(grad, x, history);
     out = {grad_x, grad_scale.to(x.scalar_type()), weight_gradient(call, grad_weights, 0).to(x.scalar_type()),
            weight_gradient(call, grad_weights, 1).to(x.scalar_type()), grad_history};
