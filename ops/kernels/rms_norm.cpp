@@ -37,6 +37,8 @@ void inverse_rms_rows(int64_t width, const T* x, T eps, T* rstd) {
   for_each_vector<T>(
       width, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
         for (int64_t r = 0; r < kCount; ++r) {
+          // As a rule these rows come from memory: ask for the next ones while these are summed.
+          __builtin_prefetch(x + (kCount + r) * width + i);
           const Vec<T> v = load_up_to(x + r * width + i, n);
           squares[r] += v * v;
         }
