@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "ops/causal_conv1d.h"
 
-#include <memory>
-
 #include "ops/conv.h"
 
 namespace flashlm {
@@ -51,32 +49,19 @@ at::Tensor causal_conv1d_cpu(const at::Tensor& x, const at::Tensor& weight,
                              const std::optional<at::Tensor>& history, int64_t dilation, int64_t groups) {
   at::Tensor y = new_output(x, weight, history, dilation, groups);
   if (y.numel() == 0) return y;
-  const at::Tensor in = kernel_input(x, x), w = kernel_input(weight, x);
+  const at::Tensor in = kernel_input(x, x);
   const at::Tensor before = history.has_value() ? kernel_input(*history, x) : at::Tensor();
-  const kernels::Conv1d conv = conv_of(x, weight, history.has_value(), dilation, groups, 1);
-  const at::Tensor packed = pack_forward(conv, {w}), out = at::empty(in.sizes(), in.options());
-  const int64_t time = in.size(1), width = in.size(2), reach = reach_of(conv);
-  const Blocks blocks(in.size(0), time, kBlock);
+  const ConvCall call(x, weight, history.has_value(), dilation, groups, 1);
+  const at::Tensor packed = pack_conv(call, side_by_side(call, {kernel_input(weight, x)}));
+  const at::Tensor out = at::empty(in.sizes(), in.options());
   dispatch(x, [&](auto t) {
     using T = decltype(t);
-    const kernels::Table<T>& table = kernels::table<T>();
-    const auto copy = [&](int64_t rows, const T* from, T* to) { std::copy_n(from, rows * width, to); };
-    at::parallel_for(0, blocks.count(), block_grain(conv, blocks), [&](int64_t first, int64_t last) {
-      const auto window = std::make_unique_for_overwrite<T[]>(window_rows(conv, blocks.length) * width);
-      for (int64_t i = first; i < last; ++i) {
-        const auto [b, begin, rows] = blocks[i];
-        const T* sequence = in.const_data_ptr<T>() + b * time * width;
-        T* to = out.mutable_data_ptr<T>() + (b * time + begin) * width;
-        if (begin >= reach) {
-          table.causal_conv1d(conv, rows, sequence + (begin - reach) * width, packed.const_data_ptr<T>(), to);
-        } else {
-          const T* rows_before = before.defined() ? before.const_data_ptr<T>() + b * reach * width : nullptr;
-          const kernels::Conv1d cut =
-              gather_window(conv, sequence, rows_before, begin, rows, window.get(), copy);
-          table.causal_conv1d(cut, rows, window.get(), packed.const_data_ptr<T>(), to);
-        }
-      }
-    });
+    for_each_window(Input<T>(call, in, before), kBlock,
+                    [&](int64_t row, int64_t rows, int64_t g, const auto& conv, const T* window, T*) {
+                      kernels::table<T>().causal_conv1d(
+                          conv, rows, window, conv.in, packed.const_data_ptr<T>() + g * packed.size(1),
+                          out.mutable_data_ptr<T>() + row * call.width + g * conv.in, call.width);
+                    });
   });
   return out.to(y.scalar_type());
 }
@@ -89,36 +74,30 @@ Gradients new_gradients(const at::Tensor& grad_y, const at::Tensor& x, const at:
           new_history_gradient(history, x)};
 }
 
-// The gradient of [history, x] is the transposed correlation over grad_y with zeros around it.
 Gradients causal_conv1d_backward_cpu(const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& weight,
                                      const std::optional<at::Tensor>& history, int64_t dilation,
                                      int64_t groups) {
   const auto [zero_x, zero_weight, zero_history] =
       new_gradients(grad_y, x, weight, history, dilation, groups);
   if (x.numel() == 0) return {zero_x, zero_weight.zero_(), zero_history.zero_()};
-  const at::Tensor in = kernel_input(x, x), w = kernel_input(weight, x), g = kernel_input(grad_y, x);
-  const kernels::Conv1d conv = conv_of(x, weight, history.has_value(), dilation, groups, 1);
-  const kernels::Conv1d back = transposed(conv);
-  const int64_t width = in.size(2), reach = reach_of(conv), lead = history.has_value() ? reach : 0;
-  const at::Tensor whole = history.has_value() ? at::cat({kernel_input(*history, x), in}, 1)
-                                               : at::constant_pad_nd(in, {0, 0, reach, 0});
-  const at::Tensor padded = at::constant_pad_nd(g, {0, 0, lead, reach}), packed = pack_transposed(conv, {w});
-  const Blocks blocks(in.size(0), lead + in.size(1), kBlock);
-  const at::Tensor grad = at::empty({in.size(0), blocks.rows, width}, in.options());
+  const at::Tensor in = kernel_input(x, x), dy = kernel_input(grad_y, x);
+  const at::Tensor before = history.has_value() ? kernel_input(*history, x) : at::Tensor();
+  const ConvCall call(x, weight, history.has_value(), dilation, groups, 1);
+  const at::Tensor back = pack_conv(call, side_by_side(call, {kernel_input(weight, x)}), true);
+  const at::Tensor grad = at::empty({call.batch, call.lead + call.time, call.width}, in.options());
+  at::Tensor grad_weight;
   dispatch(x, [&](auto t) {
     using T = decltype(t);
-    at::parallel_for(0, blocks.count(), block_grain(back, blocks), [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i) {
-        const auto [b, begin, rows] = blocks[i];
-        kernels::table<T>().causal_conv1d(
-            back, rows, padded.const_data_ptr<T>() + (b * padded.size(1) + begin) * width,
-            packed.const_data_ptr<T>(), grad.mutable_data_ptr<T>() + (b * blocks.rows + begin) * width);
-      }
-    });
+    grad_weight = conv_backward(
+        Input<T>(call, in, before), back, grad,
+        [&](int64_t row, int64_t rows, int64_t g, const auto& conv, const T*, T* to) {
+          const T* from = dy.const_data_ptr<T>() + row * call.width + g * conv.in;
+          for (int64_t r = 0; r < rows; ++r) std::copy_n(from + r * call.width, conv.in, to + r * conv.in);
+        },
+        [](int64_t) {});
   });
   const auto [grad_x, grad_history] = split_gradient(grad, x, history);
-  const at::Tensor grad_weight = weight_gradient(conv, weight_gradients(conv, whole, g), 0);
-  return {grad_x, grad_weight.to(x.scalar_type()), grad_history};
+  return {grad_x, weight_gradient(call, grad_weight, 0).to(x.scalar_type()), grad_history};
 }
 
 struct CausalConv1d : torch::autograd::Function<CausalConv1d> {

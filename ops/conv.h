@@ -1,12 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// What causal_conv1d and gated_conv share: their argument checks, weights in the kernels' order, and the cut
-// of time into blocks. Not installed.
+// What causal_conv1d and gated_conv share: their argument checks, weights in the kernels' order, the cut of
+// time into blocks, and the backward pass of a convolution. Not installed.
 // Names: reach = (K-1)*dilation, the rows before a row that its output reads; lead, those of them that
-// `history` gives (all or none).
+// `history` gives (all or none). `outs` channels of a group: D/G for each weight that stands side by side.
+// Rows of channels-last tensors are D wide: a power of two, as a rule, so that the rows of one group fall on
+// few sets of a cache. Between input and output a group's rows are therefore kept by themselves, contiguous.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
+#include <memory>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -88,61 +91,68 @@ inline at::Tensor new_history_gradient(const std::optional<at::Tensor>& history,
 
 // ---- shapes and weights as the kernels take them ----
 
-/// The forward correlation of `weights` (1 or 2) weights side by side. Without history, taps that reach
-/// beyond the start read zeros however far they reach, so the dilation is cut to what can matter.
-inline kernels::Conv1d conv_of(const at::Tensor& x, const at::Tensor& weight, bool has_history,
-                               int64_t dilation, int64_t groups, int64_t weights) {
-  const int64_t in = weight.size(1), time = std::max<int64_t>(1, x.size(1));
-  return {groups, in, weights * in, weight.size(2), has_history ? dilation : std::min(dilation, time)};
-}
+/// Time steps of a block: its rows of one group stay in a level-1 cache, those of all groups in a level-2.
+constexpr int64_t kBlock = 64;
+
+/// The sizes of one call.
+struct ConvCall {
+  /// `weights` weights (1 or 2) like `weight`, side by side. Without history, taps that reach beyond the
+  /// start read zeros however far they reach, so the dilation is cut to what can matter.
+  ConvCall(const at::Tensor& x, const at::Tensor& weight, bool has_history, int64_t dilation, int64_t groups_,
+           int64_t weights)
+      : conv{weight.size(1), weights * weight.size(1), weight.size(2),
+             has_history ? dilation : std::min(dilation, std::max<int64_t>(1, x.size(1)))},
+        groups(groups_),
+        batch(x.size(0)),
+        time(x.size(1)),
+        width(x.size(2)),
+        reach((conv.taps - 1) * conv.dilation),
+        lead(has_history ? reach : 0) {}
+
+  kernels::Conv1d conv;
+  int64_t groups, batch, time, width, reach, lead;
+};
 
 /// The correlation that turns the gradient of conv's output into that of its input.
 inline kernels::Conv1d transposed(const kernels::Conv1d& conv) {
-  return {conv.groups, conv.out, conv.in, conv.taps, conv.dilation};
+  return {conv.out, conv.in, conv.taps, conv.dilation};
 }
 
-inline int64_t reach_of(const kernels::Conv1d& conv) { return (conv.taps - 1) * conv.dilation; }
+/// One or two torch weights (D, D/G, K) side by side: (G, outs, D/G, K).
+inline at::Tensor side_by_side(const ConvCall& call, at::TensorList weights) {
+  Tensors parts;
+  for (const at::Tensor& w : weights) {
+    parts.push_back(w.view({call.groups, call.conv.in, call.conv.in, call.conv.taps}));
+  }
+  return at::cat(parts, 1).contiguous();
+}
 
-/// w (groups, taps, in, out), packed.
-inline at::Tensor pack_conv(const kernels::Conv1d& conv, const at::Tensor& w) {
+/// (G, elements) of w (G, outs, D/G, K) packed for conv, which is call.conv or, if `back`, its transposed,
+/// whose taps are reversed.
+inline at::Tensor pack_conv(const ConvCall& call, const at::Tensor& w, bool back = false) {
+  const kernels::Conv1d conv = back ? transposed(call.conv) : call.conv;
   at::Tensor packed;
   dispatch(w, [&](auto t) {
     using T = decltype(t);
     const kernels::Table<T>& table = kernels::table<T>();
-    const int64_t depth = conv.taps * conv.in;
-    const int64_t width = (conv.out + table.gemm_panel - 1) / table.gemm_panel * table.gemm_panel;
-    const at::Tensor from = w.contiguous();
-    packed = at::empty({conv.groups, depth * width}, w.options());
-    for (int64_t g = 0; g < conv.groups; ++g) {
-      table.gemm_pack(depth, conv.out, from.const_data_ptr<T>() + g * depth * conv.out, conv.out, 1,
-                      packed.mutable_data_ptr<T>() + g * depth * width);
+    const int64_t panel = table.gemm_panel, panels = (conv.out + panel - 1) / panel;
+    packed = at::empty({call.groups, panels, conv.taps, conv.in * panel}, w.options());
+    const int64_t out_stride = back ? w.stride(2) : w.stride(1), in_stride = back ? w.stride(1) : w.stride(2);
+    T* to = packed.mutable_data_ptr<T>();
+    for (int64_t g = 0; g < call.groups; ++g) {
+      for (int64_t o = 0; o < conv.out; o += panel) {
+        for (int64_t k = 0; k < conv.taps; ++k, to += conv.in * panel) {
+          const T* from =
+              w.const_data_ptr<T>() + g * w.stride(0) + o * out_stride + (back ? conv.taps - 1 - k : k);
+          table.gemm_pack(conv.in, std::min(panel, conv.out - o), from, in_stride, out_stride, to);
+        }
+      }
     }
   });
-  return packed;
-}
-
-/// One or two torch weights (D, D/G, K) side by side, packed for conv.
-inline at::Tensor pack_forward(const kernels::Conv1d& conv, at::TensorList weights) {
-  Tensors parts;
-  for (const at::Tensor& w : weights) {
-    parts.push_back(w.view({conv.groups, conv.in, conv.in, conv.taps}).permute({0, 3, 2, 1}));
-  }
-  return pack_conv(conv, at::cat(parts, 3));
-}
-
-/// The same weights packed for transposed(conv): in and out exchanged, taps reversed.
-inline at::Tensor pack_transposed(const kernels::Conv1d& conv, at::TensorList weights) {
-  Tensors parts;
-  for (const at::Tensor& w : weights) {
-    parts.push_back(w.view({conv.groups, conv.in, conv.in, conv.taps}).flip(3).permute({0, 3, 1, 2}));
-  }
-  return pack_conv(transposed(conv), at::cat(parts, 2));
+  return packed.view({call.groups, -1});
 }
 
 // ---- time in blocks ----
-
-/// Time steps of a block whose rows stay in a level-2 cache.
-constexpr int64_t kBlock = 64;
 
 /// `batch` sequences of `rows` >= 1 rows, each cut into blocks of equal length, `longest` at most.
 struct Blocks {
@@ -165,76 +175,228 @@ struct Blocks {
 };
 
 /// Blocks that make a task worth a thread: about 256k multiply-adds.
-inline int64_t block_grain(const kernels::Conv1d& conv, const Blocks& blocks) {
-  return std::max<int64_t>(1, 262144 / (blocks.length * conv.groups * conv.taps * conv.in * conv.out));
+inline int64_t block_grain(const ConvCall& call, const Blocks& blocks) {
+  return std::max<int64_t>(1, 262144 / (blocks.length * call.width * call.conv.taps * call.conv.out));
 }
 
-/// Rows of the largest window that gather_window makes for blocks of `rows` rows.
-inline int64_t window_rows(const kernels::Conv1d& conv, int64_t rows) {
-  return (conv.taps - 1) * std::min(conv.dilation, rows) + rows;
+/// conv without the taps that meet nothing but zeros when its first tap reads rows begin .. begin + rows of
+/// a sequence that holds rows 0 .. end only.
+inline kernels::Conv1d without_zeros(kernels::Conv1d conv, int64_t begin, int64_t rows, int64_t end) {
+  const auto ceil_div = [&](int64_t n) { return n <= 0 ? 0 : (n + conv.dilation - 1) / conv.dilation; };
+  conv.last = std::min(conv.taps, ceil_div(end - begin));
+  conv.first = std::min(conv.last, ceil_div(1 - begin - rows));
+  return conv;
 }
 
-/// Writes into `window` what outputs begin .. begin + rows of one sequence read: put(count, from, to) for
-/// rows of x and of the `reach` rows of history before it, zeros where history is null. Taps further apart
-/// than `rows` read rows with gaps between them, which are left out: the result is conv with the window's
-/// dilation.
-template <class T, class Put>
-kernels::Conv1d gather_window(const kernels::Conv1d& conv, const T* x, const T* history, int64_t begin,
-                              int64_t rows, T* window, const Put& put) {
-  const int64_t width = conv.groups * conv.in, reach = reach_of(conv);
-  const auto put_rows = [&](int64_t first, int64_t count, T* to) {
+/// The rows that a call reads, in the kernels' dtype: x (B, T, D), before it history (B, reach, D) or zeros,
+/// all normalised by `scale` (D) if there is one. Rows are numbered from x's first; history's are negative.
+template <class T>
+struct Input {
+  Input(const ConvCall& call_, const at::Tensor& x_, const at::Tensor& history_,
+        const at::Tensor& scale_ = {}, double eps_ = 0)
+      : call(call_),
+        x(x_.const_data_ptr<T>()),
+        history(history_.defined() ? history_.const_data_ptr<T>() : nullptr),
+        scale(scale_.defined() ? scale_.const_data_ptr<T>() : nullptr),
+        eps(static_cast<T>(eps_)) {}
+
+  /// Calls body(from, i, n) for those of rows first + i, 0 <= i < count, of sequence b that there are.
+  template <class Body>
+  void for_rows(int64_t b, int64_t first, int64_t count, const Body& body) const {
     const int64_t before = std::clamp<int64_t>(-first, 0, count);
     if (before > 0 && history != nullptr) {
-      put(before, history + (reach + first) * width, to);
-    } else {
-      std::fill_n(to, before * width, T(0));
+      body(history + ((b + 1) * call.reach + first) * call.width, 0, before);
     }
-    if (count > before) put(count - before, x + (first + before) * width, to + before * width);
-  };
-  kernels::Conv1d cut = conv;
-  if (conv.dilation <= rows) {
-    put_rows(begin - reach, reach + rows, window);
+    if (before < count) body(x + (b * call.time + first + before) * call.width, before, count - before);
+  }
+
+  /// rstd (count), for `columns`.
+  void statistics(int64_t b, int64_t first, int64_t count, T* rstd) const {
+    if (scale == nullptr) return;
+    for_rows(b, first, count, [&](const T* from, int64_t i, int64_t n) {
+      kernels::table<T>().inverse_rms(n, call.width, from, eps, rstd + i);
+    });
+  }
+
+  /// The columns of group g, (count, D/G), normalised.
+  void columns(int64_t b, int64_t g, int64_t first, int64_t count, const T* rstd, T* to) const {
+    const int64_t in = call.conv.in;
+    if (history == nullptr) std::fill_n(to, std::clamp<int64_t>(-first, 0, count) * in, T(0));
+    for_rows(b, first, count, [&](const T* from, int64_t i, int64_t n) {
+      from += g * in;
+      if (scale != nullptr) {
+        kernels::table<T>().scale_rows(n, in, from, call.width, rstd + i, scale + g * in, to + i * in);
+      } else {
+        for (int64_t r = i; r < i + n; ++r, from += call.width) std::copy_n(from, in, to + r * in);
+      }
+    });
+  }
+
+  const ConvCall& call;
+  const T *x, *history, *scale;
+  T eps;
+};
+
+/// Lays out a window on what outputs begin .. begin + rows of one sequence read: put(first, count, at) is to
+/// bring rows first .. first + count to row `at` of the window. Without history, taps that would meet only
+/// zeros are left out; if taps are further apart than `rows`, so are the rows between. Returns the
+/// convolution to run over the window.
+template <class Put>
+kernels::Conv1d lay_window(const ConvCall& call, int64_t begin, int64_t rows, const Put& put) {
+  kernels::Conv1d cut = call.conv;
+  if (call.lead == 0) cut = without_zeros(cut, begin - call.reach, rows, call.time);
+  const int64_t start = begin - call.reach + cut.first * cut.dilation, taps = cut.last - cut.first;
+  if (cut.dilation <= rows) {
+    put(start, (taps - 1) * cut.dilation + rows, 0);
   } else {
+    for (int64_t k = 0; k < taps; ++k) put(start + k * cut.dilation, rows, k * rows);
     cut.dilation = rows;
-    for (int64_t k = 0; k < conv.taps; ++k) {
-      put_rows(begin - reach + k * conv.dilation, rows, window + k * rows * width);
-    }
   }
   return cut;
 }
 
-// ---- backward ----
-
-/// Side by side, grad (groups, taps, in, out): the weights' gradient from x (B, reach + T, groups * in) and
-/// grad_y (B, T, groups * out), rows contiguous. Each column of a group belongs to one thread, which adds
-/// over all rows in order: the result is the same for any number of threads.
-inline at::Tensor weight_gradients(const kernels::Conv1d& conv, const at::Tensor& x,
-                                   const at::Tensor& grad_y) {
-  at::Tensor grad = at::zeros({conv.groups, conv.taps, conv.in, conv.out}, x.options());
-  dispatch(x, [&](auto t) {
-    using T = decltype(t);
-    const kernels::Table<T>& table = kernels::table<T>();
-    const int64_t panels = (conv.out + table.gemm_panel - 1) / table.gemm_panel;
-    at::parallel_for(0, conv.groups * panels, 1, [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i) {
-        for (int64_t b = 0; b < x.size(0); ++b) {
-          table.causal_conv1d_backward_weight(conv, i / panels, i % panels * table.gemm_panel, grad_y.size(1),
-                                              x.const_data_ptr<T>() + b * x.stride(0),
-                                              grad_y.const_data_ptr<T>() + b * grad_y.stride(0),
-                                              grad.mutable_data_ptr<T>());
-        }
+/// Calls body(row, rows, g, conv, window, scratch) for each block of time, rows row .. row + rows of all B*T,
+/// and in it for each group: conv is to run over the window (of D/G columns); scratch (rows, outs).
+template <class T, class Body>
+void for_each_window(const Input<T>& input, int64_t longest, const Body& body) {
+  const ConvCall& call = input.call;
+  const Blocks blocks(call.batch, call.time, longest);
+  const int64_t window_rows =
+      (call.conv.taps - 1) * std::min(call.conv.dilation, blocks.length) + blocks.length;
+  at::parallel_for(0, blocks.count(), block_grain(call, blocks), [&](int64_t i, int64_t last) {
+    const auto rstd = std::make_unique_for_overwrite<T[]>(window_rows);
+    const auto window = std::make_unique_for_overwrite<T[]>(window_rows * call.conv.in);
+    const auto scratch = std::make_unique_for_overwrite<T[]>(blocks.length * call.conv.out);
+    for (; i < last; ++i) {
+      const auto [b, begin, rows] = blocks[i];
+      lay_window(call, begin, rows, [&, b = b](int64_t first, int64_t count, int64_t at) {
+        input.statistics(b, first, count, rstd.get() + at);
+      });
+      for (int64_t g = 0; g < call.groups; ++g) {
+        const kernels::Conv1d conv =
+            lay_window(call, begin, rows, [&, b = b](int64_t first, int64_t count, int64_t at) {
+              input.columns(b, g, first, count, rstd.get() + at, window.get() + at * call.conv.in);
+            });
+        body(b * call.time + begin, rows, g, conv, window.get(), scratch.get());
       }
-    });
+    }
   });
-  return grad;
 }
 
-/// The gradient of the i-th weight (D, D/G, K) out of weight_gradients.
-inline at::Tensor weight_gradient(const kernels::Conv1d& conv, const at::Tensor& grad, int64_t i) {
-  return grad.narrow(3, i * conv.in, conv.in)
+// ---- backward ----
+
+/// The sum over the first dimension, in order whatever the number of threads; overwrites `parts`.
+template <class T>
+at::Tensor sum_in_order(const at::Tensor& parts) {
+  T* const sum = parts.mutable_data_ptr<T>();
+  const int64_t size = parts.numel() / parts.size(0);
+  for (int64_t p = 1; p < parts.size(0); ++p) {
+    const T* part = sum + p * size;
+    for (int64_t i = 0; i < size; ++i) sum[i] += part[i];
+  }
+  return parts[0].clone();
+}
+
+/// The backward pass of the convolutions of h = the rows of `input`, a sequence after the other, in it a
+/// group after the other, so that all that lies between input and output stays in a level-2 cache.
+///   back                     pack_conv(call, w, true)
+///   grad_h (B, lead + T, D)  is written
+///   fill(row, rows, g, conv, h, grad)
+///                            writes the convolutions' gradient (rows, outs) for rows row .. row + rows of
+///                            all B*T; their output, if it is needed, is conv run over h
+///   finish(b)                sees sequence b of grad_h once it is complete
+/// Returns the gradient of the weights, (G, K, D/G, outs).
+template <class T, class Fill, class Finish>
+at::Tensor conv_backward(const Input<T>& input, const at::Tensor& back, const at::Tensor& grad_h,
+                         const Fill& fill, const Finish& finish) {
+  const ConvCall& call = input.call;
+  const kernels::Table<T>& table = kernels::table<T>();
+  const kernels::Conv1d conv = call.conv, conv_back = transposed(conv);
+  const int64_t in = conv.in, outs = conv.out, rows = call.lead + call.time;
+  // Zero rows around a sequence: as many as a block reaches into with taps that meet anything else.
+  const int64_t edge = std::min(call.reach, kBlock);
+  const Blocks blocks(1, call.time, kBlock), blocks_back(1, rows, kBlock);
+
+  const auto run_group = [&](int64_t b, int64_t g, const T* rstd, T* grad_weight) {
+    const auto h_padded = std::make_unique_for_overwrite<T[]>((edge + rows) * in);
+    const auto grads_padded = std::make_unique_for_overwrite<T[]>((edge + call.time + edge) * outs);
+    T *const h = h_padded.get() + edge * in, *const grads = grads_padded.get() + edge * outs;
+    std::fill_n(h_padded.get(), edge * in, T(0));
+    std::fill_n(grads_padded.get(), edge * outs, T(0));
+    std::fill_n(grads + call.time * outs, edge * outs, T(0));
+    input.columns(b, g, -call.lead, rows, rstd, h);
+    at::parallel_for(0, blocks.count(), 1, [&](int64_t i, int64_t last) {
+      for (; i < last; ++i) {
+        const auto [zero, begin, count] = blocks[i];
+        const int64_t start = call.lead - call.reach + begin;
+        const kernels::Conv1d cut = without_zeros(conv, start, count, rows);
+        fill(b * call.time + begin, count, g, cut, h + (start + cut.first * cut.dilation) * in,
+             grads + begin * outs);
+      }
+    });
+    at::parallel_for(0, conv.taps, 1, [&](int64_t k, int64_t last) {
+      for (; k < last; ++k) {
+        const int64_t shift = call.lead - call.reach + k * conv.dilation, t = std::max<int64_t>(0, -shift);
+        if (t >= call.time) continue;
+        table.causal_conv1d_backward_weight(in, outs, call.time - t, h + (t + shift) * in, in,
+                                            grads + t * outs, outs, grad_weight + k * in * outs);
+      }
+    });
+    at::parallel_for(0, blocks_back.count(), 1, [&](int64_t i, int64_t last) {
+      for (; i < last; ++i) {
+        const int64_t begin = blocks_back[i].begin - call.lead, count = blocks_back[i].rows;
+        const kernels::Conv1d cut = without_zeros(conv_back, begin, count, call.time);
+        table.causal_conv1d(
+            cut, count, grads + (begin + cut.first * cut.dilation) * outs, outs,
+            back.const_data_ptr<T>() + g * back.size(1),
+            grad_h.mutable_data_ptr<T>() + (b * rows + begin + call.lead) * call.width + g * in, call.width);
+      }
+    });
+  };
+
+  // The weights' gradient is summed over chunks of the batch, a partial sum each: as many as make enough
+  // tasks without much memory, whatever the number of threads. Threads share chunks if there is one for each,
+  // else the groups of a sequence, else its time; loops inside a parallel one are serial.
+  const int64_t weight = conv.taps * in * outs, all_weights = call.groups * weight;
+  const int64_t chunks = std::clamp<int64_t>(std::min<int64_t>(4, (1 << 22) / all_weights), 1, call.batch);
+  const at::Tensor partial = at::zeros({chunks, call.groups, conv.taps, in, outs}, grad_h.options());
+  const auto run_chunks = [&](int64_t chunk, int64_t last) {
+    const auto rstd = std::make_unique_for_overwrite<T[]>(rows);
+    for (; chunk < last; ++chunk) {
+      T* const sums = partial.mutable_data_ptr<T>() + chunk * all_weights;
+      for (int64_t b = chunk * call.batch / chunks; b < (chunk + 1) * call.batch / chunks; ++b) {
+        at::parallel_for(0, blocks_back.count(), 1, [&, b](int64_t i, int64_t end) {
+          for (; i < end; ++i) {
+            const int64_t begin = blocks_back[i].begin;
+            input.statistics(b, begin - call.lead, blocks_back[i].rows, rstd.get() + begin);
+          }
+        });
+        const auto run_groups = [&](int64_t g, int64_t end) {
+          for (; g < end; ++g) run_group(b, g, rstd.get(), sums + g * weight);
+        };
+        if (call.groups > 1) {
+          at::parallel_for(0, call.groups, 1, run_groups);
+        } else {
+          run_groups(0, 1);
+        }
+        finish(b);
+      }
+    }
+  };
+  if (chunks >= at::get_num_threads()) {
+    at::parallel_for(0, chunks, 1, run_chunks);
+  } else {
+    run_chunks(0, chunks);
+  }
+  return sum_in_order<T>(partial);
+}
+
+/// The gradient of the i-th weight (D, D/G, K) out of ConvBackward::run's.
+inline at::Tensor weight_gradient(const ConvCall& call, const at::Tensor& grad, int64_t i) {
+  return grad.narrow(3, i * call.conv.in, call.conv.in)
       .permute({0, 3, 2, 1})
       .clone(at::MemoryFormat::Contiguous)
-      .view({conv.groups * conv.in, conv.in, conv.taps});
+      .view({call.width, call.conv.in, call.conv.taps});
 }
 
 /// What save_for_backward kept of an optional history.

@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "ops/gated_conv.h"
 
-#include <memory>
-
 #include "ops/conv.h"
 
 namespace flashlm {
@@ -57,8 +55,8 @@ at::Tensor new_output(const at::Tensor& x, const at::Tensor& norm_scale, const a
   return x.new_empty_symint(x.sym_sizes());
 }
 
-// A block of time at a time: its rows and those they reach are normalised into a window, both convolutions go
-// over it, and the gate takes them while they are in cache.
+// A block of time at a time, in it a group at a time: its rows and those they reach are normalised into a
+// window, both convolutions go over it, and the gate takes them while they are in cache.
 at::Tensor gated_conv_cpu(const at::Tensor& x, const at::Tensor& norm_scale, const at::Tensor& gate_weight,
                           const at::Tensor& value_weight, const std::optional<at::Tensor>& history,
                           int64_t dilation, int64_t groups, double eps) {
@@ -66,33 +64,24 @@ at::Tensor gated_conv_cpu(const at::Tensor& x, const at::Tensor& norm_scale, con
   if (y.numel() == 0) return y;
   const at::Tensor in = kernel_input(x, x), scale = kernel_input(norm_scale, x);
   const at::Tensor before = history.has_value() ? kernel_input(*history, x) : at::Tensor();
-  const kernels::Conv1d conv = conv_of(x, gate_weight, history.has_value(), dilation, groups, 2);
-  const at::Tensor packed = pack_forward(conv, {kernel_input(gate_weight, x), kernel_input(value_weight, x)});
+  const ConvCall call(x, gate_weight, history.has_value(), dilation, groups, 2);
+  const at::Tensor packed =
+      pack_conv(call, side_by_side(call, {kernel_input(gate_weight, x), kernel_input(value_weight, x)}));
   const at::Tensor out = at::empty(in.sizes(), in.options());
-  const int64_t time = in.size(1), width = in.size(2), reach = reach_of(conv);
   // Rows are normalised once for their own block and again for each block that reaches back to them: longer
   // blocks for a longer reach.
-  const Blocks blocks(in.size(0), time, std::clamp(reach, kBlock, 4 * kBlock));
+  const int64_t longest = std::clamp(call.reach, kBlock, 4 * kBlock);
   dispatch(x, [&](auto t) {
     using T = decltype(t);
     const kernels::Table<T>& table = kernels::table<T>();
-    const auto normalise = [&](int64_t rows, const T* from, T* to) {
-      table.rms_norm(rows, width, from, scale.const_data_ptr<T>(), static_cast<T>(eps), to);
-    };
-    at::parallel_for(0, blocks.count(), block_grain(conv, blocks), [&](int64_t first, int64_t last) {
-      const auto window = std::make_unique_for_overwrite<T[]>(window_rows(conv, blocks.length) * width);
-      const auto convs = std::make_unique_for_overwrite<T[]>(blocks.length * 2 * width);
-      for (int64_t i = first; i < last; ++i) {
-        const auto [b, begin, rows] = blocks[i];
-        const T* sequence = in.const_data_ptr<T>() + b * time * width;
-        const T* rows_before = before.defined() ? before.const_data_ptr<T>() + b * reach * width : nullptr;
-        const kernels::Conv1d cut =
-            gather_window(conv, sequence, rows_before, begin, rows, window.get(), normalise);
-        table.causal_conv1d(cut, rows, window.get(), packed.const_data_ptr<T>(), convs.get());
-        table.gated_conv(rows * groups, conv.in, sequence + begin * width, convs.get(),
-                         out.mutable_data_ptr<T>() + (b * time + begin) * width);
-      }
-    });
+    for_each_window(Input<T>(call, in, before, scale, eps), longest,
+                    [&](int64_t row, int64_t rows, int64_t g, const auto& conv, const T* window, T* convs) {
+                      const int64_t at = row * call.width + g * conv.in;
+                      table.causal_conv1d(conv, rows, window, conv.in,
+                                          packed.const_data_ptr<T>() + g * packed.size(1), convs, conv.out);
+                      table.gated_conv(rows, conv.in, in.const_data_ptr<T>() + at, call.width, convs,
+                                       out.mutable_data_ptr<T>() + at);
+                    });
   });
   return out.to(y.scalar_type());
 }
@@ -108,87 +97,21 @@ Gradients new_gradients(const at::Tensor& grad_y, const at::Tensor& x, const at:
           value_weight.new_empty_symint(value_weight.sym_sizes()), new_history_gradient(history, x)};
 }
 
-/// The tensors of one backward pass, in the kernels' dtype. `whole` is [history, x], lead + T rows.
-struct Backward {
-  kernels::Conv1d conv;
-  at::Tensor scale, whole, grad_y;
-  double eps;
-  int64_t batch, time, width, reach, lead;
-};
-
-/// h (B, reach + T, D): the normalised rows, after zeros where there is no history.
+/// rms_norm's backward in place on rows first .. first + count of sequence b, in grad (B, lead + T, D): from
+/// the gradient of the normalised rows to that of the rows themselves, with the residual grad_y. Adds to
+/// grad_scale (D).
 template <class T>
-at::Tensor normalised(const Backward& call) {
-  const int64_t rows = call.lead + call.time, zeros = call.reach - call.lead;
-  const at::Tensor h = at::empty({call.batch, zeros + rows, call.width}, call.whole.options());
-  h.narrow(1, 0, zeros).zero_();
-  const Blocks blocks(call.batch, rows, kBlock);
-  at::parallel_for(0, blocks.count(), 1, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
-      const auto [b, begin, count] = blocks[i];
-      kernels::table<T>().rms_norm(count, call.width,
-                                   call.whole.const_data_ptr<T>() + (b * rows + begin) * call.width,
-                                   call.scale.const_data_ptr<T>(), static_cast<T>(call.eps),
-                                   h.mutable_data_ptr<T>() + (b * h.size(1) + zeros + begin) * call.width);
-    }
+void norm_backward(const Input<T>& input, int64_t b, int64_t first, int64_t count, const T* grad_y, T* grad,
+                   T* grad_scale) {
+  const ConvCall& call = input.call;
+  input.for_rows(b, first, count, [&](const T* from, int64_t i, int64_t n) {
+    const int64_t row = first + i;
+    T* to = grad + ((b + 1) * call.lead + b * call.time + row) * call.width;
+    // History has no residual.
+    const T* residual = row < 0 ? nullptr : grad_y + (b * call.time + row) * call.width;
+    kernels::table<T>().rms_norm_residual_backward(n, call.width, to, from, input.scale, input.eps, residual,
+                                                   to, grad_scale);
   });
-  return h;
-}
-
-/// The gradient of the two convolutions of h, each group's side by side: (B, lead + T + reach, 2D), with
-/// zeros before and after the T rows.
-template <class T>
-at::Tensor grad_of_convs(const Backward& call, const at::Tensor& h, const at::Tensor& packed) {
-  const kernels::Table<T>& table = kernels::table<T>();
-  const at::Tensor grad =
-      at::empty({call.batch, call.lead + call.time + call.reach, 2 * call.width}, h.options());
-  grad.narrow(1, 0, call.lead).zero_();
-  grad.narrow(1, call.lead + call.time, call.reach).zero_();
-  const Blocks blocks(call.batch, call.time, kBlock);
-  at::parallel_for(0, blocks.count(), block_grain(call.conv, blocks), [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
-      const auto [b, begin, rows] = blocks[i];
-      T* convs = grad.mutable_data_ptr<T>() + (b * grad.size(1) + call.lead + begin) * 2 * call.width;
-      table.causal_conv1d(call.conv, rows, h.const_data_ptr<T>() + (b * h.size(1) + begin) * call.width,
-                          packed.const_data_ptr<T>(), convs);
-      table.gated_conv_backward(rows * call.conv.groups, call.conv.in,
-                                call.grad_y.const_data_ptr<T>() + (b * call.time + begin) * call.width,
-                                convs);
-    }
-  });
-  return grad;
-}
-
-/// The gradients of `whole` and of norm_scale: the transposed correlation, rms_norm's backward and the
-/// residual, block by block.
-template <class T>
-std::tuple<at::Tensor, at::Tensor> grad_of_input(const Backward& call, const at::Tensor& grad_convs,
-                                                 const at::Tensor& packed) {
-  const kernels::Table<T>& table = kernels::table<T>();
-  const kernels::Conv1d back = transposed(call.conv);
-  const int64_t length = call.lead + call.time, width = call.width;
-  at::Tensor grad = at::empty_like(call.whole), grad_scale = at::empty_like(call.scale);
-  sum_over_rows(
-      call.batch * length, width, grad_scale.mutable_data_ptr<T>(),
-      [&](int64_t first, int64_t last, T* partial) {
-        const auto grad_h = std::make_unique_for_overwrite<T[]>(kBlock * width);
-        for (int64_t row = first, rows; row < last; row += rows) {
-          const int64_t b = row / length, begin = row % length;
-          rows = std::min({kBlock, last - row, length - begin});
-          T* to = grad.mutable_data_ptr<T>() + row * width;
-          table.causal_conv1d(back, rows,
-                              grad_convs.const_data_ptr<T>() + (b * grad_convs.size(1) + begin) * 2 * width,
-                              packed.const_data_ptr<T>(), grad_h.get());
-          table.rms_norm_backward(rows, width, grad_h.get(), call.whole.const_data_ptr<T>() + row * width,
-                                  call.scale.const_data_ptr<T>(), static_cast<T>(call.eps), to, partial);
-          // History has no residual.
-          const int64_t skip = std::clamp<int64_t>(call.lead - begin, 0, rows);
-          const T* residual =
-              call.grad_y.const_data_ptr<T>() + (b * call.time + begin + skip - call.lead) * width;
-          for (int64_t i = 0; i < (rows - skip) * width; ++i) to[skip * width + i] += residual[i];
-        }
-      });
-  return {grad, grad_scale};
 }
 
 Gradients gated_conv_backward_cpu(const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& norm_scale,
@@ -200,30 +123,40 @@ Gradients gated_conv_backward_cpu(const at::Tensor& grad_y, const at::Tensor& x,
     std::apply([](auto&... grads) { (grads.zero_(), ...); }, out);
     return out;
   }
-  const at::Tensor in = kernel_input(x, x);
-  Backward call;
-  call.conv = conv_of(x, gate_weight, history.has_value(), dilation, groups, 2);
-  call.scale = kernel_input(norm_scale, x);
-  call.whole = history.has_value() ? at::cat({kernel_input(*history, x), in}, 1) : in;
-  call.grad_y = kernel_input(grad_y, x);
-  call.eps = eps;
-  call.batch = in.size(0);
-  call.time = in.size(1);
-  call.width = in.size(2);
-  call.reach = reach_of(call.conv);
-  call.lead = history.has_value() ? call.reach : 0;
-  const Tensors weights = {kernel_input(gate_weight, x), kernel_input(value_weight, x)};
+  const at::Tensor in = kernel_input(x, x), scale = kernel_input(norm_scale, x), dy = kernel_input(grad_y, x);
+  const at::Tensor before = history.has_value() ? kernel_input(*history, x) : at::Tensor();
+  const ConvCall call(x, gate_weight, history.has_value(), dilation, groups, 2);
+  const at::Tensor weights =
+      side_by_side(call, {kernel_input(gate_weight, x), kernel_input(value_weight, x)});
+  const at::Tensor packed = pack_conv(call, weights), back = pack_conv(call, weights, true);
+  const at::Tensor grad = at::empty({call.batch, call.lead + call.time, call.width}, in.options());
   dispatch(x, [&](auto t) {
     using T = decltype(t);
-    const at::Tensor h = normalised<T>(call);
-    const at::Tensor grad_convs = grad_of_convs<T>(call, h, pack_forward(call.conv, weights));
-    const auto [grad, grad_scale] = grad_of_input<T>(call, grad_convs, pack_transposed(call.conv, weights));
-    const at::Tensor grad_weights =
-        weight_gradients(call.conv, h, grad_convs.narrow(1, call.lead, call.time));
+    const kernels::Table<T>& table = kernels::table<T>();
+    const Input<T> input(call, in, before, scale, eps);
+    const Blocks blocks(1, call.lead + call.time, kBlock);
+    const at::Tensor grad_scales = at::zeros({call.batch * blocks.count(), call.width}, grad.options());
+    const at::Tensor grad_weights = conv_backward(
+        input, back, grad,
+        [&](int64_t row, int64_t rows, int64_t g, const auto& conv, const T* h, T* convs) {
+          table.causal_conv1d(conv, rows, h, conv.in, packed.const_data_ptr<T>() + g * packed.size(1), convs,
+                              conv.out);
+          table.gated_conv_backward(rows, conv.in, dy.const_data_ptr<T>() + row * call.width + g * conv.in,
+                                    call.width, convs);
+        },
+        [&](int64_t b) {
+          at::parallel_for(0, blocks.count(), 1, [&](int64_t i, int64_t last) {
+            for (; i < last; ++i) {
+              norm_backward(input, b, blocks[i].begin - call.lead, blocks[i].rows, dy.const_data_ptr<T>(),
+                            grad.mutable_data_ptr<T>(),
+                            grad_scales.mutable_data_ptr<T>() + (b * blocks.count() + i) * call.width);
+            }
+          });
+        });
+    const at::Tensor grad_scale = sum_in_order<T>(grad_scales);
     const auto [grad_x, grad_history] = split_gradient(grad, x, history);
-    out = {grad_x, grad_scale.to(x.scalar_type()),
-           weight_gradient(call.conv, grad_weights, 0).to(x.scalar_type()),
-           weight_gradient(call.conv, grad_weights, 1).to(x.scalar_type()), grad_history};
+    out = {grad_x, grad_scale.to(x.scalar_type()), weight_gradient(call, grad_weights, 0).to(x.scalar_type()),
+           weight_gradient(call, grad_weights, 1).to(x.scalar_type()), grad_history};
   });
   return out;
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Grouped correlation over time on channels-last rows: a tile of time steps x output channels stays in
+// One group's correlation over time on channels-last rows: a tile of time steps x output channels stays in
 // registers while a panel of the packed weights runs past it. The same code convolves forward (one weight, or
 // two side by side) and backward (weights transposed, taps reversed).
 // A result's sum runs over taps, then input channels, whatever tile it is in: cutting time changes no bit.
@@ -9,35 +9,33 @@
 namespace flashlm::kernels::FLASHLM_ISA {
 namespace {
 
-// Registers: kTile * 2 sums + 2 of weights + 1 broadcast = 15 of 16, or 19 of 32; a full tile of sums covers
+// Registers: kTime * 2 sums + 2 of weights + 1 broadcast = 15 of 16, or 27 of 32; a full tile of sums covers
 // the latency of two multiply-adds a cycle.
-constexpr int64_t kTile = kRegisters == 32 ? 8 : 6;
+constexpr int64_t kTime = kRegisters == 32 ? 12 : 6;
+// Input channels of a tile of the weight's gradient. Not 12 there: groups of 16 and 32 channels are common.
+constexpr int64_t kChannels = kRegisters == 32 ? 8 : 6;
 // Columns of a panel, as gemm_pack lays them out.
 template <class T>
 constexpr int64_t kPanel = 2 * kLanes<T>;
-// Bytes of weights that stay in a level-2 cache of 512 KiB or more.
-constexpr int64_t kSmallWeights = 256 * 1024;
-// Time steps whose output gradients are copied to the stack, to be read once for every tap and input channel.
-constexpr int64_t kChunk = 64;
+// Time steps of the weight's gradient whose rows stay in a level-1 cache for all input channels.
+constexpr int64_t kChunk = 128;
 
-/// y (kRows, width) of one group and panel; kVecs vectors of the panel hold its columns.
+/// y (kRows, width) of one panel; kVecs vectors of the panel hold its columns.
 template <class T, int64_t kRows, int64_t kVecs>
-void tile(const Conv1d& conv, const T* x, const T* panel, int64_t width, T* y) {
-  const int64_t x_row = conv.groups * conv.in, y_row = conv.groups * conv.out;
+void tile(const Conv1d& conv, const T* x, int64_t x_row, const T* panel, int64_t width, T* y, int64_t y_row) {
   Vec<T> sum[kRows][kVecs] = {};
-  for (int64_t k = 0; k < conv.taps; ++k) {
-    const T* row = x + k * conv.dilation * x_row;
+  for (int64_t k = conv.first; k < conv.last; ++k, x += conv.dilation * x_row) {
     for (int64_t c = 0; c < conv.in; ++c, panel += kPanel<T>) {
       Vec<T> w[kVecs];
       for (int64_t v = 0; v < kVecs; ++v) w[v] = load(panel + v * kLanes<T>);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
       for (int64_t i = 0; i < kRows; ++i) {
-        const Vec<T> in = broadcast(row[i * x_row + c]);
+        const Vec<T> in = broadcast(x[i * x_row + c]);
         for (int64_t v = 0; v < kVecs; ++v) sum[i][v] += in * w[v];
       }
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int64_t i = 0; i < kRows; ++i) {
     for (int64_t v = 0; v < kVecs; ++v) {
       store_up_to<T>(y + i * y_row + v * kLanes<T>, sum[i][v], width - v * kLanes<T>);
@@ -47,52 +45,42 @@ void tile(const Conv1d& conv, const T* x, const T* panel, int64_t width, T* y) {
 
 /// The tile of exactly `rows` <= kRows time steps.
 template <class T, int64_t kRows, int64_t kVecs>
-void tile_of(int64_t rows, const Conv1d& conv, const T* x, const T* panel, int64_t width, T* y) {
+void tile_of(int64_t rows, const Conv1d& conv, const T* x, int64_t x_row, const T* panel, int64_t width, T* y,
+             int64_t y_row) {
   if constexpr (kRows > 1) {
-    if (rows < kRows) return tile_of<T, kRows - 1, kVecs>(rows, conv, x, panel, width, y);
+    if (rows < kRows) return tile_of<T, kRows - 1, kVecs>(rows, conv, x, x_row, panel, width, y, y_row);
   }
-  tile<T, kRows, kVecs>(conv, x, panel, width, y);
+  tile<T, kRows, kVecs>(conv, x, x_row, panel, width, y, y_row);
 }
 
 template <class T>
-void causal_conv1d(const Conv1d& conv, int64_t rows, const T* x, const T* packed, T* y) {
-  const int64_t x_row = conv.groups * conv.in, y_row = conv.groups * conv.out;
-  const int64_t panel_size = conv.taps * conv.in * kPanel<T>;
-  const int64_t panels = (conv.out + kPanel<T> - 1) / kPanel<T>;
-  // Weights that stay in a level-2 cache pass once a tile, and the rows of x stream by; larger ones pass
-  // once.
-  const bool small = conv.groups * panels * panel_size * static_cast<int64_t>(sizeof(T)) <= kSmallWeights;
-  const int64_t strip = small ? kTile : rows;
-  for (int64_t begin = 0; begin < rows; begin += strip) {
-    const int64_t end = min_of(rows, begin + strip);
-    for (int64_t i = 0; i < conv.groups * panels; ++i) {
-      const int64_t g = i / panels, o = i % panels * kPanel<T>, width = min_of(kPanel<T>, conv.out - o);
-      for (int64_t t = begin; t < end; t += kTile) {
-        const int64_t count = min_of(kTile, end - t);
-        const T* from = x + t * x_row + g * conv.in;
-        const T* panel = packed + i * panel_size;
-        T* to = y + t * y_row + g * conv.out + o;
-        if (width > kLanes<T>) {
-          tile_of<T, kTile, 2>(count, conv, from, panel, width, to);
-        } else {
-          tile_of<T, kTile, 1>(count, conv, from, panel, width, to);
-        }
+void causal_conv1d(const Conv1d& conv, int64_t rows, const T* x, int64_t x_row, const T* packed, T* y,
+                   int64_t y_row) {
+  for (int64_t o = 0; o < conv.out; o += kPanel<T>) {
+    const int64_t width = min_of(kPanel<T>, conv.out - o);
+    const T* panel = packed + (o * conv.taps + conv.first * kPanel<T>)*conv.in;
+    for (int64_t t = 0; t < rows; t += kTime) {
+      const int64_t count = min_of(kTime, rows - t);
+      if (width > kLanes<T>) {
+        tile_of<T, kTime, 2>(count, conv, x + t * x_row, x_row, panel, width, y + t * y_row + o, y_row);
+      } else {
+        tile_of<T, kTime, 1>(count, conv, x + t * x_row, x_row, panel, width, y + t * y_row + o, y_row);
       }
     }
   }
 }
 
-/// grad (kIn, width) += the sum over rows of x (rows, kIn) times grad_y (rows, kPanel).
+/// grad (kIn, width) += the sum over rows of x (rows, kIn) times grad_y (rows, kVecs vectors).
 template <class T, int64_t kIn, int64_t kVecs>
-void weight_tile(int64_t rows, const T* x, int64_t x_row, const T* grad_y, T* grad, int64_t grad_row,
-                 int64_t width) {
+void weight_tile(int64_t rows, const T* x, int64_t x_row, const T* grad_y, int64_t y_row, T* grad,
+                 int64_t grad_row, int64_t width) {
   Vec<T> sum[kIn][kVecs] = {};
-  for (int64_t t = 0; t < rows; ++t) {
+  for (int64_t t = 0; t < rows; ++t, x += x_row, grad_y += y_row) {
     Vec<T> g[kVecs];
-    for (int64_t v = 0; v < kVecs; ++v) g[v] = load(grad_y + t * kPanel<T> + v * kLanes<T>);
+    for (int64_t v = 0; v < kVecs; ++v) g[v] = load(grad_y + v * kLanes<T>);
 #pragma GCC unroll 8
     for (int64_t c = 0; c < kIn; ++c) {
-      const Vec<T> in = broadcast(x[t * x_row + c]);
+      const Vec<T> in = broadcast(x[c]);
       for (int64_t v = 0; v < kVecs; ++v) sum[c][v] += in * g[v];
     }
   }
@@ -106,39 +94,46 @@ void weight_tile(int64_t rows, const T* x, int64_t x_row, const T* grad_y, T* gr
   }
 }
 
+/// The tile of exactly `in` <= kIn input channels.
 template <class T, int64_t kIn, int64_t kVecs>
-void weight_tile_of(int64_t in, int64_t rows, const T* x, int64_t x_row, const T* grad_y, T* grad,
-                    int64_t grad_row, int64_t width) {
+void weight_tile_of(int64_t in, int64_t rows, const T* x, int64_t x_row, const T* grad_y, int64_t y_row,
+                    T* grad, int64_t grad_row, int64_t width) {
   if constexpr (kIn > 1) {
     if (in < kIn) {
-      return weight_tile_of<T, kIn - 1, kVecs>(in, rows, x, x_row, grad_y, grad, grad_row, width);
+      return weight_tile_of<T, kIn - 1, kVecs>(in, rows, x, x_row, grad_y, y_row, grad, grad_row, width);
     }
   }
-  weight_tile<T, kIn, kVecs>(rows, x, x_row, grad_y, grad, grad_row, width);
+  weight_tile<T, kIn, kVecs>(rows, x, x_row, grad_y, y_row, grad, grad_row, width);
 }
 
 template <class T>
-void causal_conv1d_backward_weight(const Conv1d& conv, int64_t group, int64_t column, int64_t rows,
-                                   const T* x, const T* grad_y, T* grad) {
-  const int64_t x_row = conv.groups * conv.in, y_row = conv.groups * conv.out;
-  const int64_t width = min_of(kPanel<T>, conv.out - column);
+void causal_conv1d_backward_weight(int64_t in, int64_t out, int64_t rows, const T* x, int64_t x_row,
+                                   const T* grad_y, int64_t y_row, T* grad) {
   T chunk[kChunk * kPanel<T>];
   for (int64_t begin = 0; begin < rows; begin += kChunk) {
     const int64_t count = min_of(kChunk, rows - begin);
-    for (int64_t t = 0; t < count; ++t) {
-      const T* from = grad_y + (begin + t) * y_row + group * conv.out + column;
-      for (int64_t o = 0; o < width; ++o) chunk[t * kPanel<T> + o] = from[o];
-      for (int64_t o = width; o < kPanel<T>; ++o) chunk[t * kPanel<T> + o] = 0;
-    }
-    for (int64_t k = 0; k < conv.taps; ++k) {
-      for (int64_t c = 0; c < conv.in; c += kTile) {
-        const int64_t in = min_of(kTile, conv.in - c);
-        const T* from = x + (begin + k * conv.dilation) * x_row + group * conv.in + c;
-        T* to = grad + ((group * conv.taps + k) * conv.in + c) * conv.out + column;
+    for (int64_t o = 0; o < out; o += kPanel<T>) {
+      const int64_t width = min_of(kPanel<T>, out - o);
+      const T* from = grad_y + begin * y_row + o;
+      int64_t from_row = y_row;
+      // Columns that do not fill their vectors are copied, with zeros beside them.
+      if (width % kLanes<T> != 0) {
+        for (int64_t t = 0; t < count; ++t) {
+          for (int64_t i = 0; i < kPanel<T>; ++i)
+            chunk[t * kPanel<T> + i] = i < width ? from[t * y_row + i] : 0;
+        }
+        from = chunk;
+        from_row = kPanel<T>;
+      }
+      for (int64_t c = 0; c < in; c += kChannels) {
+        const int64_t n = min_of(kChannels, in - c);
+        const T* rows_of_x = x + begin * x_row + c;
         if (width > kLanes<T>) {
-          weight_tile_of<T, kTile, 2>(in, count, from, x_row, chunk, to, conv.out, width);
+          weight_tile_of<T, kChannels, 2>(n, count, rows_of_x, x_row, from, from_row, grad + c * out + o, out,
+                                          width);
         } else {
-          weight_tile_of<T, kTile, 1>(in, count, from, x_row, chunk, to, conv.out, width);
+          weight_tile_of<T, kChannels, 1>(n, count, rows_of_x, x_row, from, from_row, grad + c * out + o, out,
+                                          width);
         }
       }
     }

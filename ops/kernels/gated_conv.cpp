@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The gate of gated_conv: what happens to its two convolutions once they are computed, elementwise.
+// The gate of gated_conv: what happens to one group's two convolutions once they are computed, elementwise.
 #include "ops/kernels/families.h"
 #include "ops/kernels/vec.h"
 
@@ -7,8 +7,8 @@ namespace flashlm::kernels::FLASHLM_ISA {
 namespace {
 
 template <class T>
-void gated_conv(int64_t n, int64_t width, const T* x, const T* convs, T* y) {
-  for (int64_t r = 0; r < n; ++r, x += width, y += width, convs += 2 * width) {
+void gated_conv(int64_t rows, int64_t width, const T* x, int64_t x_row, const T* convs, T* y) {
+  for (int64_t r = 0; r < rows; ++r, x += x_row, y += x_row, convs += 2 * width) {
     for (int64_t i = 0; i < width; i += kLanes<T>) {
       const int64_t rest = width - i;
       const Vec<T> gate = load_up_to(convs + i, rest), value = load_up_to(convs + width + i, rest);
@@ -19,8 +19,8 @@ void gated_conv(int64_t n, int64_t width, const T* x, const T* convs, T* y) {
 
 // With s = sigmoid(gate):  d/dgate = value * s * (1 - s),  d/dvalue = s.
 template <class T>
-void gated_conv_backward(int64_t n, int64_t width, const T* grad_y, T* convs) {
-  for (int64_t r = 0; r < n; ++r, grad_y += width, convs += 2 * width) {
+void gated_conv_backward(int64_t rows, int64_t width, const T* grad_y, int64_t grad_y_row, T* convs) {
+  for (int64_t r = 0; r < rows; ++r, grad_y += grad_y_row, convs += 2 * width) {
     for (int64_t i = 0; i < width; i += kLanes<T>) {
       const int64_t rest = width - i;
       const Vec<T> open = vec_sigmoid<T>(load_up_to(convs + i, rest));

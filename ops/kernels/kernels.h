@@ -14,11 +14,13 @@ namespace flashlm::kernels {
 /// The two weight quantizers; see ops/bit_linear.h for their formulas.
 enum class Quantizer { kAbsmean, kThreshold };
 
-/// A grouped correlation over time on channels-last rows:
-///   y[t, g, o] = sum over k and c of x[t + k * dilation, g, c] * w[g, k, c, o],
-/// with x (rows + (taps - 1) * dilation, groups, in) and y (rows, groups, out).
+/// One group's correlation over time on channels-last rows, over the taps k of first .. last - 1:
+///   y[t, o] = sum over k and c of x[t + (k - first) * dilation, c] * w[k, c, o],
+/// with x (rows + (last - 1 - first) * dilation, in) and y (rows, out). All taps take part unless some would
+/// meet nothing but zeros.
 struct Conv1d {
-  int64_t groups, in, out, taps, dilation;
+  int64_t in, out, taps, dilation;
+  int64_t first = 0, last = taps;
 };
 
 /// Pairs of bfloat16, neighbours along the depth, lower half first: pair p of row i is
@@ -73,21 +75,23 @@ struct Table {
   /// z becomes factor * e^(z - lse) - shift, with lse, factor and shift (rows).
   void (*cross_entropy_backward)(int64_t rows, int64_t cols, T* z, int64_t z_row, const T* lse,
                                  const T* factor, const T* shift);
-  // ---- causal_conv1d: see Conv1d ----
+  // ---- causal_conv1d: see Conv1d; x(t, c) = x[t * x_row + c], and so on ----
 
-  /// y is written. `packed`: for each group, w (taps * in, out) packed by gemm_pack.
-  void (*causal_conv1d)(const Conv1d& conv, int64_t rows, const T* x, const T* packed, T* y);
+  /// y is written. `packed`: w (taps * in, out) packed by gemm_pack.
+  void (*causal_conv1d)(const Conv1d& conv, int64_t rows, const T* x, int64_t x_row, const T* packed, T* y,
+                        int64_t y_row);
 
-  /// Adds to grad (groups, taps, in, out), w's gradient, in one group and gemm_panel columns from `column`.
-  void (*causal_conv1d_backward_weight)(const Conv1d& conv, int64_t group, int64_t column, int64_t rows,
-                                        const T* x, const T* grad_y, T* grad);
+  /// One tap's gradient: grad (in, out) += the sum over rows of x(t, c) * grad_y(t, o).
+  void (*causal_conv1d_backward_weight)(int64_t in, int64_t out, int64_t rows, const T* x, int64_t x_row,
+                                        const T* grad_y, int64_t y_row, T* grad);
 
-  // ---- gated_conv: y = x + sigmoid(gate) * value; x, y (n, width), convs (n, [gate, value], width) ----
+  // ---- gated_conv: y = x + sigmoid(gate) * value, over one group; convs (rows, [gate, value], width) ----
 
-  void (*gated_conv)(int64_t n, int64_t width, const T* x, const T* convs, T* y);
+  /// y's rows lie like x's.
+  void (*gated_conv)(int64_t rows, int64_t width, const T* x, int64_t x_row, const T* convs, T* y);
 
   /// Overwrites convs with its gradient.
-  void (*gated_conv_backward)(int64_t n, int64_t width, const T* grad_y, T* convs);
+  void (*gated_conv_backward)(int64_t rows, int64_t width, const T* grad_y, int64_t grad_y_row, T* convs);
 
   // ---- gemm: C = A·B, or C += A·B, single-threaded on packed B ----
 
@@ -132,6 +136,16 @@ struct Table {
   /// grad_x (rows, width) is written; grad_scale (width) is added to.
   void (*rms_norm_backward)(int64_t rows, int64_t width, const T* grad_y, const T* x, const T* scale, T eps,
                             T* grad_x, T* grad_scale);
+
+  /// The same, plus residual (rows, width), unless null. grad_x may be grad_y.
+  void (*rms_norm_residual_backward)(int64_t rows, int64_t width, const T* grad_y, const T* x, const T* scale,
+                                     T eps, const T* residual, T* grad_x, T* grad_scale);
+
+  /// rms_norm in two parts, for callers that take some columns at a time: rstd (rows), then
+  /// y (rows, width) = x[r * x_row + i] * rstd[r] * scale[i].
+  void (*inverse_rms)(int64_t rows, int64_t width, const T* x, T eps, T* rstd);
+  void (*scale_rows)(int64_t rows, int64_t width, const T* x, int64_t x_row, const T* rstd, const T* scale,
+                     T* y);
 
   // ---- packed_linear: ternary weights in 2 bits; layout in docs/formats.md ----
 

@@ -1,55 +1,142 @@
 // SPDX-License-Identifier: Apache-2.0
-// RMSNorm over rows, forward and backward.
+// RMSNorm over rows, forward and backward, and its parts for callers that normalise some columns at a time.
 #include "ops/kernels/families.h"
 #include "ops/kernels/vec.h"
 
 namespace flashlm::kernels::FLASHLM_ISA {
 namespace {
 
-template <class T>
-T dot(int64_t n, const T* a, const T* b) {
-  Vec<T> sum = {};
+// Rows that go through the registers together: their chains of additions overlap, and they share the loads of
+// `scale` and `grad_scale`. A row's own sum runs over its vectors in order, whatever rows are beside it.
+constexpr int64_t kRows = 4;
+
+/// Calls body(i, n) for each vector of a row: the n values from i.
+template <class T, class Body>
+inline __attribute__((always_inline)) void for_each_vector(int64_t width, const Body& body) {
   int64_t i = 0;
-  for (; i + kLanes<T> <= n; i += kLanes<T>) sum += load(a + i) * load(b + i);
-  return reduce_add<T>(sum + load_first(a + i, n - i) * load_first(b + i, n - i));
+  for (; i + kLanes<T> <= width; i += kLanes<T>) body(i, kLanes<T>);
+  if (i < width) body(i, width - i);
+}
+
+/// Calls body<kRows>(r) for rows r, r + 1, ... together, and body<1>(r) for the rows left over.
+template <class Body>
+inline void for_each_rows(int64_t rows, const Body& body) {
+  int64_t r = 0;
+  for (; r + kRows <= rows; r += kRows) body.template operator()<kRows>(r);
+  for (; r < rows; ++r) body.template operator()<1>(r);
 }
 
 template <class T>
-T inverse_rms(int64_t width, const T* x, T eps) {
-  return T(1) / square_root(dot(width, x, x) / static_cast<T>(width) + eps);
+T inverse_rms_of(Vec<T> squares, int64_t width, T eps) {
+  return T(1) / square_root(reduce_add<T>(squares) / static_cast<T>(width) + eps);
+}
+
+template <class T, int64_t kCount>
+void inverse_rms_rows(int64_t width, const T* x, T eps, T* rstd) {
+  Vec<T> squares[kCount] = {};
+  for_each_vector<T>(
+      width, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+        for (int64_t r = 0; r < kCount; ++r) {
+          // As a rule these rows come from memory: ask for the next ones while these are summed.
+          __builtin_prefetch(x + (kCount + r) * width + i);
+          const Vec<T> v = load_up_to(x + r * width + i, n);
+          squares[r] += v * v;
+        }
+      });
+  for (int64_t r = 0; r < kCount; ++r) rstd[r] = inverse_rms_of<T>(squares[r], width, eps);
+}
+
+template <class T>
+void inverse_rms(int64_t rows, int64_t width, const T* x, T eps, T* rstd) {
+  for_each_rows(rows, [&]<int64_t kCount>(int64_t r) {
+    inverse_rms_rows<T, kCount>(width, x + r * width, eps, rstd + r);
+  });
+}
+
+template <class T>
+void scale_rows(int64_t rows, int64_t width, const T* x, int64_t x_row, const T* rstd, const T* scale, T* y) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const Vec<T> by = broadcast(rstd[r]);
+    for_each_vector<T>(
+        width, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+          store_up_to<T>(y + r * width + i, load_up_to(x + r * x_row + i, n) * by * load_up_to(scale + i, n),
+                         n);
+        });
+  }
 }
 
 template <class T>
 void rms_norm(int64_t rows, int64_t width, const T* x, const T* scale, T eps, T* y) {
-  for (int64_t r = 0; r < rows; ++r, x += width, y += width) {
-    const T rstd = inverse_rms(width, x, eps);
-    for (int64_t i = 0; i < width; ++i) y[i] = x[i] * rstd * scale[i];
-  }
+  for_each_rows(rows, [&]<int64_t kCount>(int64_t r) {
+    T rstd[kCount];
+    inverse_rms_rows<T, kCount>(width, x + r * width, eps, rstd);
+    scale_rows(kCount, width, x + r * width, width, rstd, scale, y + r * width);
+  });
 }
 
 // With n = x * rstd and g = grad_y * scale:  grad_x = rstd * (g - n * mean(g * n)),  grad_scale = sum of
-// grad_y * n.
+// grad_y * n. The mean needs rstd only at its end, so that one pass takes both sums; a second writes. A
+// vector of grad_y is read for the last time before the same vector of grad_x is written: they may be the
+// same rows.
+template <class T, int64_t kCount>
+void backward(int64_t width, const T* grad_y, const T* x, const T* scale, T eps, const T* residual, T* grad_x,
+              T* grad_scale) {
+  Vec<T> squares[kCount] = {}, products[kCount] = {}, rstd[kCount], mean[kCount];
+  for_each_vector<T>(
+      width, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+        const Vec<T> by = load_up_to(scale + i, n);
+        for (int64_t r = 0; r < kCount; ++r) {
+          const Vec<T> v = load_up_to(x + r * width + i, n);
+          squares[r] += v * v;
+          products[r] += load_up_to(grad_y + r * width + i, n) * by * v;
+        }
+      });
+  for (int64_t r = 0; r < kCount; ++r) {
+    const T inverse = inverse_rms_of<T>(squares[r], width, eps);
+    rstd[r] = broadcast(inverse);
+    mean[r] = broadcast(reduce_add<T>(products[r]) * inverse / static_cast<T>(width));
+  }
+  for_each_vector<T>(
+      width, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+        const Vec<T> by = load_up_to(scale + i, n);
+        Vec<T> sum = load_up_to(grad_scale + i, n);
+        for (int64_t r = 0; r < kCount; ++r) {
+          const Vec<T> grad = load_up_to(grad_y + r * width + i, n);
+          const Vec<T> normed = load_up_to(x + r * width + i, n) * rstd[r];
+          sum += grad * normed;
+          Vec<T> out = rstd[r] * (grad * by - normed * mean[r]);
+          if (residual != nullptr) out += load_up_to(residual + r * width + i, n);
+          store_up_to<T>(grad_x + r * width + i, out, n);
+        }
+        store_up_to<T>(grad_scale + i, sum, n);
+      });
+}
+
+template <class T>
+void rms_norm_residual_backward(int64_t rows, int64_t width, const T* grad_y, const T* x, const T* scale,
+                                T eps, const T* residual, T* grad_x, T* grad_scale) {
+  for_each_rows(rows, [&]<int64_t kCount>(int64_t r) {
+    const int64_t at = r * width;
+    backward<T, kCount>(width, grad_y + at, x + at, scale, eps, residual == nullptr ? nullptr : residual + at,
+                        grad_x + at, grad_scale);
+  });
+}
+
 template <class T>
 void rms_norm_backward(int64_t rows, int64_t width, const T* grad_y, const T* x, const T* scale, T eps,
                        T* grad_x, T* grad_scale) {
-  for (int64_t r = 0; r < rows; ++r, grad_y += width, x += width, grad_x += width) {
-    const T rstd = inverse_rms(width, x, eps);
-    for (int64_t i = 0; i < width; ++i) grad_x[i] = grad_y[i] * scale[i];
-    const T mean = dot(width, grad_x, x) * rstd / static_cast<T>(width);
-    for (int64_t i = 0; i < width; ++i) {
-      const T normed = x[i] * rstd;
-      grad_scale[i] += grad_y[i] * normed;
-      grad_x[i] = rstd * (grad_x[i] - normed * mean);
-    }
-  }
+  rms_norm_residual_backward<T>(rows, width, grad_y, x, scale, eps, nullptr, grad_x, grad_scale);
 }
 
 }  // namespace
 
 template <class T>
 void add_rms_norm(Table<T>& table) {
+  table.inverse_rms = inverse_rms<T>;
+  table.scale_rows = scale_rows<T>;
   table.rms_norm = rms_norm<T>;
   table.rms_norm_backward = rms_norm_backward<T>;
+  table.rms_norm_residual_backward = rms_norm_residual_backward<T>;
 }
 template void add_rms_norm(Table<float>&);
 template void add_rms_norm(Table<double>&);

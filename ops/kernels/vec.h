@@ -9,6 +9,10 @@
 #include <stdint.h>
 #include <string.h>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 namespace flashlm::kernels {
 namespace {
 
@@ -48,17 +52,83 @@ inline void store(T* p, Vec<T> v) {
   memcpy(p, &v, sizeof v);
 }
 
+// ---- part of a vector: masked moves where the level has them, a call of memcpy where not ----
+
+#if defined(__AVX512F__)
+template <class T>
+constexpr bool kMaskedMoves = sizeof(T) == 4 || sizeof(T) == 8;
+template <class T>
+inline Vec<T> masked_load(const T* p, int64_t n) {
+  const unsigned mask = (1u << n) - 1;
+  if constexpr (sizeof(T) == 4) {
+    return reinterpret_cast<Vec<T>>(_mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), p));
+  } else {
+    return reinterpret_cast<Vec<T>>(_mm512_maskz_loadu_pd(static_cast<__mmask8>(mask), p));
+  }
+}
+template <class T>
+inline void masked_store(T* p, Vec<T> v, int64_t n) {
+  const unsigned mask = (1u << n) - 1;
+  if constexpr (sizeof(T) == 4) {
+    _mm512_mask_storeu_ps(p, static_cast<__mmask16>(mask), reinterpret_cast<__m512>(v));
+  } else {
+    _mm512_mask_storeu_pd(p, static_cast<__mmask8>(mask), reinterpret_cast<__m512d>(v));
+  }
+}
+#elif defined(__AVX2__)
+template <class T>
+constexpr bool kMaskedMoves = sizeof(T) == 4 || sizeof(T) == 8;
+inline __m256i mask32(int64_t n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)),
+                            _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+inline __m256i mask64(int64_t n) {
+  return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3));
+}
+template <class T>
+inline Vec<T> masked_load(const T* p, int64_t n) {
+  if constexpr (sizeof(T) == 4) {
+    return reinterpret_cast<Vec<T>>(_mm256_maskload_ps(reinterpret_cast<const float*>(p), mask32(n)));
+  } else {
+    return reinterpret_cast<Vec<T>>(_mm256_maskload_pd(reinterpret_cast<const double*>(p), mask64(n)));
+  }
+}
+template <class T>
+inline void masked_store(T* p, Vec<T> v, int64_t n) {
+  if constexpr (sizeof(T) == 4) {
+    _mm256_maskstore_ps(reinterpret_cast<float*>(p), mask32(n), reinterpret_cast<__m256>(v));
+  } else {
+    _mm256_maskstore_pd(reinterpret_cast<double*>(p), mask64(n), reinterpret_cast<__m256d>(v));
+  }
+}
+#else
+template <class T>
+constexpr bool kMaskedMoves = false;
+template <class T>
+Vec<T> masked_load(const T* p, int64_t n);
+template <class T>
+void masked_store(T* p, Vec<T> v, int64_t n);
+#endif
+
 /// The first n < kLanes values, the rest zero.
 template <class T>
 inline Vec<T> load_first(const T* p, int64_t n) {
-  Vec<T> v = {};
-  memcpy(&v, p, static_cast<size_t>(n) * sizeof(T));
-  return v;
+  if constexpr (kMaskedMoves<T>) {
+    return masked_load(p, n);
+  } else {
+    Vec<T> v = {};
+    memcpy(&v, p, static_cast<size_t>(n) * sizeof(T));
+    return v;
+  }
 }
 
 template <class T>
 inline void store_first(T* p, Vec<T> v, int64_t n) {
-  memcpy(p, &v, static_cast<size_t>(n) * sizeof(T));
+  if constexpr (kMaskedMoves<T>) {
+    masked_store(p, v, n);
+  } else {
+    memcpy(p, &v, static_cast<size_t>(n) * sizeof(T));
+  }
 }
 
 /// As many of the first kLanes values as n allows, the rest zero; none if n <= 0.
@@ -83,18 +153,34 @@ inline Vec<T> broadcast(T x) {
   return x - Vec<T>{};
 }
 
+/// Folds a vector of kN elements in halves, so that the depth is log2(kN): 16 bytes are left to two scalar
+/// levels, as vectors narrower than a register are no gain.
+template <class T, int64_t kN, class V, class Op>
+inline T fold(const V& v, const Op& op) {
+  if constexpr (kN * sizeof(T) > 16) {
+    typedef T Half __attribute__((vector_size(kN / 2 * sizeof(T))));
+    Half low, high;
+    memcpy(&low, &v, sizeof low);
+    memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
+    return fold<T, kN / 2>(op(low, high), op);
+  } else if constexpr (kN == 4) {
+    return op(op(T(v[0]), T(v[2])), op(T(v[1]), T(v[3])));
+  } else {
+    static_assert(kN == 2);
+    return op(T(v[0]), T(v[1]));
+  }
+}
+
 template <class T>
 inline T reduce_add(Vec<T> v) {
-  T sum = 0;
-  for (int64_t i = 0; i < kLanes<T>; ++i) sum += v[i];
-  return sum;
+  return fold<T, kLanes<T>>(
+      v, [](const auto& a, const auto& b) __attribute__((always_inline)) { return a + b; });
 }
 
 template <class T>
 inline T reduce_max(Vec<T> v) {
-  T best = v[0];
-  for (int64_t i = 1; i < kLanes<T>; ++i) best = v[i] > best ? v[i] : best;
-  return best;
+  return fold<T, kLanes<T>>(
+      v, [](const auto& a, const auto& b) __attribute__((always_inline)) { return a > b ? a : b; });
 }
 
 template <class T>
@@ -106,6 +192,32 @@ template <class T>
 inline Vec<T> vec_min(Vec<T> a, Vec<T> b) {
   return a < b ? a : b;
 }
+
+// The same, NaN included, in one instruction: GCC 12 makes a comparison and a blend of it, and warns of what
+// the unmasked forms leave undefined.
+#if defined(__AVX512F__)
+template <>
+inline Vec<float> vec_max<float>(Vec<float> a, Vec<float> b) {
+  return reinterpret_cast<Vec<float>>(
+      _mm512_maskz_max_ps(0xffff, reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+}
+template <>
+inline Vec<float> vec_min<float>(Vec<float> a, Vec<float> b) {
+  return reinterpret_cast<Vec<float>>(
+      _mm512_maskz_min_ps(0xffff, reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+}
+#elif defined(__AVX2__)
+template <>
+inline Vec<float> vec_max<float>(Vec<float> a, Vec<float> b) {
+  return reinterpret_cast<Vec<float>>(
+      _mm256_max_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
+}
+template <>
+inline Vec<float> vec_min<float>(Vec<float> a, Vec<float> b) {
+  return reinterpret_cast<Vec<float>>(
+      _mm256_min_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
+}
+#endif
 
 inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 

@@ -123,10 +123,11 @@ TEST_CASE("causal_conv1d gradients equal autograd's in float32", "[causal_conv1d
 }
 
 TEST_CASE("causal_conv1d does not depend on the number of threads", "[causal_conv1d]") {
-  require_same_for_any_threads([] {
-    const Tensors inputs = {randn({3, 300, 64}).requires_grad_(),
+  const int64_t batch = GENERATE(1, 3, 9);
+  require_same_for_any_threads([&] {
+    const Tensors inputs = {randn({batch, 300, 64}).requires_grad_(),
                             randn({64, 16, 4}, at::kFloat, 1).requires_grad_(),
-                            randn({3, 48, 64}, at::kFloat, 2).requires_grad_()};
+                            randn({batch, 48, 64}, at::kFloat, 2).requires_grad_()};
     const auto f = [](const Tensors& t) { return causal_conv1d(t[0], t[1], t[2], 16, 4); };
     Tensors out = gradients(f, inputs);
     out.push_back(f(inputs).detach());

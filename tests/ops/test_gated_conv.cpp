@@ -142,9 +142,14 @@ TEST_CASE("gated_conv gradients equal autograd's in float32", "[gated_conv]") {
 }
 
 TEST_CASE("gated_conv does not depend on the number of threads", "[gated_conv]") {
-  const Conv conv = {64, 4, 4, 16};
+  // Threads share the batch, the groups of a sequence, or the time of one group.
+  const auto conv = GENERATE(Conv{64, 4, 4, 16}, Conv{48, 1, 4, 4});
+  const int64_t batch = GENERATE(1, 3, 9);
+  const bool with_history = GENERATE(false, true);
+  INFO(conv << " B " << batch << " history " << with_history);
   require_same_for_any_threads([&] {
-    const Tensors inputs = with_gradients(inputs_of(conv, 3, 300));
+    Tensors inputs = with_gradients(inputs_of(conv, batch, 300));
+    if (!with_history) inputs.pop_back();
     const auto f = [&](const Tensors& t) { return run(t, conv); };
     Tensors out = gradients(f, inputs);
     out.push_back(f(inputs).detach());

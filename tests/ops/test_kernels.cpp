@@ -2,6 +2,7 @@
 // The kernels on plain arrays, on every ISA level this machine runs, over sizes around their tiles. Inputs
 // are small multiples of 1/8, so that sums are exact and the levels must agree bit for bit.
 #include <catch2/catch.hpp>
+#include <cmath>
 #include <cstdlib>
 #include <random>
 #include <stdexcept>
@@ -89,6 +90,52 @@ TEST_CASE("relu2_glu and rms_norm agree between levels at every length", "[relu2
       t.rms_norm(1, n, x.data() + 1, y.data() + 1, 0.125f, got.data());
       baseline.rms_norm(1, n, x.data() + 1, y.data() + 1, 0.125f, want.data());
       for (int64_t i = 0; i < n; ++i) REQUIRE(got[i] == Approx(want[i]).epsilon(1e-6).margin(1e-12));
+    }
+  }
+}
+
+TEST_CASE("rms_norm and its backward equal the formula at every width and row count", "[rms_norm]") {
+  constexpr double kEps = 0.125;
+  for (const Level* level : runnable_levels()) {
+    INFO(level->name);
+    const Table<float>& t = level->float_table();
+    for (int64_t rows : {1, 2, 3, 4, 5, 9}) {
+      for (int64_t n : {1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 64, 67, 131}) {
+        INFO("rows " << rows << " n " << n);
+        const auto x = dyadic(rows * n, 1), scale = dyadic(n, 2), dy = dyadic(rows * n, 3),
+                   residual = dyadic(rows * n, 4);
+        std::vector<float> y(rows * n), rstd(rows), part(rows), dx(rows * n),
+            with_residual = dy, dscale(n, 0.5f), dscale2 = dscale;
+        t.rms_norm(rows, n, x.data(), scale.data(), kEps, y.data());
+        t.inverse_rms(rows, n, x.data(), kEps, rstd.data());
+        // The last column by itself, as one who takes columns at a time would have it.
+        t.scale_rows(rows, 1, x.data() + n - 1, n, rstd.data(), scale.data() + n - 1, part.data());
+        t.rms_norm_backward(rows, n, dy.data(), x.data(), scale.data(), kEps, dx.data(), dscale.data());
+        t.rms_norm_residual_backward(rows, n, with_residual.data(), x.data(), scale.data(), kEps,
+                                     residual.data(), with_residual.data(), dscale2.data());
+        REQUIRE(dscale == dscale2);
+        std::vector<double> want_dscale(n, 0.5);
+        for (int64_t r = 0; r < rows; ++r) {
+          double squares = 0, product = 0;
+          for (int64_t i = r * n; i < (r + 1) * n; ++i) {
+            squares += double(x[i]) * x[i];
+            product += double(dy[i]) * scale[i - r * n] * x[i];
+          }
+          const double inverse = 1 / std::sqrt(squares / n + kEps);
+          REQUIRE(rstd[r] == Approx(inverse).epsilon(1e-6));
+          REQUIRE(part[r] == y[(r + 1) * n - 1]);
+          for (int64_t i = r * n; i < (r + 1) * n; ++i) {
+            const double g = double(dy[i]) * scale[i - r * n];
+            const double want = inverse * (g - x[i] * inverse * inverse * product / n);
+            REQUIRE(y[i] == Approx(x[i] * inverse * scale[i - r * n]).epsilon(1e-6).margin(1e-12));
+            REQUIRE(dx[i] == Approx(want).epsilon(1e-5).margin(1e-5));
+            REQUIRE(with_residual[i] == Approx(dx[i] + residual[i]).epsilon(1e-6).margin(1e-6));
+            want_dscale[i - r * n] += dy[i] * x[i] * inverse;
+          }
+        }
+        for (int64_t i = 0; i < n; ++i)
+          REQUIRE(dscale[i] == Approx(want_dscale[i]).epsilon(1e-5).margin(1e-4));
+      }
     }
   }
 }
