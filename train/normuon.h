@@ -21,6 +21,12 @@ namespace flashlm {
 /// Five steps take singular values from 0.002 ||g||_F on into [0.68, 1.21]; smaller ones stay smaller,
 /// growing up to 485-fold. For direction only: the coefficients are chosen for speed and do not converge
 /// to 1. Source: Keller Jordan, "Muon: an optimizer for hidden layers in neural networks", 2024.
+///
+/// bfloat16 moves the singular values of the result by less than 0.01, and the result by 1 % of its norm, for
+/// normal noise of v3's shapes (683 x 256, 256 x 683, 256 x 256); where the spectrum of g falls over four
+/// decades, by 0.05 and 8 %: the smallest directions, which rounding fills with noise. Two runs of quick.toml
+/// over 150 steps ended at 5.1758 and 5.1908 nats a token, with float32 at 5.1757 and 5.1826. One v3 matrix
+/// takes 6 ms in place of 13 on one Zen 4 core (oneDNN's products, at about 100 GMAC/s).
 at::Tensor newton_schulz(const at::Tensor& g, int64_t steps, bool bfloat16 = false);
 
 /// Whether this CPU multiplies matrices in bfloat16 faster than in float32: AVX512-BF16.
