@@ -27,9 +27,10 @@ void adamw_(const at::Tensor& param, const at::Tensor& grad, const at::Tensor& e
 /// The longest that lazy_adamw_ puts a row off, in steps.
 constexpr int64_t kLazyPeriod = 16;
 
-/// The same for a table (rows, ...) whose rows mostly have no gradient: a row whose gradient is all zero is
-/// left alone, but for every kLazyPeriod-th step, when it has its turn. What it was owed for the n steps it
-/// missed, the decay of W, m and v and the tail of its momentum, it then gets at once, in closed form:
+/// The same for a table (rows, ...) whose rows mostly have no gradient: four neighbours, from a multiple of
+/// four on, whose gradients are all zero are left alone, but for every kLazyPeriod-th step, when they have
+/// their turn. What a row was owed for the n steps it missed, the decay of W, m and v and the tail of its
+/// momentum, it then gets at once, in closed form, before its step:
 ///
 ///   W <- keep(n) W - tail(n) · m / (sqrt(v) + eps),   m <- beta1^n m,   v <- beta2^n v
 ///   keep(n) = product of the missed steps' (1 - lr weight_decay)
@@ -43,7 +44,8 @@ constexpr int64_t kLazyPeriod = 16;
 /// A row that has caught up is where adamw_ would have put it, but for eps, which the closed form holds
 /// beside sqrt(v) where it stood before the missed steps: a change of the tail by less than 1.5 eps / sqrt(v)
 /// of itself for beta2 = 0.95. What remains is delay: until then whoever reads the row sees it up to 15 steps
-/// behind. A row with a gradient at each step gets adamw_'s bits.
+/// behind. A row with a gradient at each step gets adamw_'s bits. Time for (50257, 256) float32 on one Zen 4
+/// core: 3 ms without any gradient, 6 with 5 % of the rows scattered, 9 with half of them or all; adamw_: 8.
 ///
 ///   last_step  (rows) int32       the step that each row stands at; zeros at first
 ///   owed       (2, 16) float64    keep and tail by n; ones and zeros at first. Both are updated.

@@ -85,7 +85,7 @@ struct TrainConfig {
     visitor("weight-decay", optimizer.weight_decay, "of AdamW, decoupled; vectors have none");
     visitor("embedding-lr", optimizer.embedding_lr, "AdamW's rate for the embedding; 0: adamw-lr");
     visitor("lazy-embedding", optimizer.lazy_embedding,
-            "rows of the embedding without a gradient are updated every 16th step only");
+            "rows of the embedding without a gradient wait for one, up to 15 steps");
     visitor("warmup-steps", warmup_steps, "learning rates rise linearly over these");
     visitor("decay-start", decay_start, "share of the run after which they fall linearly to 0");
     visitor("clip-norm", clip_norm, "bound on the norm of all gradients together; 0: none");
