@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "model/flash_lm.h"
 
+#include <ATen/record_function.h>
 #include <torch/nn/functional/embedding.h>
 
 #include <sstream>
@@ -9,6 +10,15 @@
 #include "ops/ops.h"
 
 namespace flashlm {
+namespace {
+
+at::Tensor embed(const at::Tensor& table, const at::Tensor& tokens, double scale) {
+  RECORD_USER_SCOPE("embedding");
+  const at::Tensor rows = torch::embedding(table, tokens);
+  return scale == 1 ? rows : rows * scale;
+}
+
+}  // namespace
 
 FlashLMImpl::FlashLMImpl(const ModelConfig& config) : config_(config) {
   config.validate();
@@ -31,8 +41,7 @@ FlashLMImpl::FlashLMImpl(const ModelConfig& config) : config_(config) {
 }
 
 at::Tensor FlashLMImpl::hidden(const at::Tensor& tokens, State* state) {
-  at::Tensor x = torch::embedding(embedding, tokens);
-  if (config_.embedding_scale != 1) x = x * config_.embedding_scale;
+  at::Tensor x = embed(embedding, tokens, config_.embedding_scale);
   at::Tensor* history = state == nullptr ? nullptr : state->data();
   for (int64_t pass = 0; pass < config_.recursions; ++pass) {
     for (auto& block : blocks_) {
@@ -49,6 +58,7 @@ std::tuple<at::Tensor, at::Tensor> FlashLMImpl::loss(const at::Tensor& tokens, c
                                                      const LossOptions& options,
                                                      const at::Tensor& positions) {
   at::Tensor h = hidden(tokens).flatten(0, 1), target = targets.flatten();
+  RECORD_USER_SCOPE("head");
   if (positions.defined()) {
     h = h.index_select(0, positions);
     target = target.index_select(0, positions);

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "model/layers.h"
 
+#include <ATen/record_function.h>
+
 #include "ops/ops.h"
 
 namespace flashlm {
@@ -55,6 +57,7 @@ ConvMixerImpl::ConvMixerImpl(const ModelConfig& config)
 }
 
 at::Tensor ConvMixerImpl::forward(at::Tensor x, at::Tensor* history) {
+  RECORD_USER_SCOPE("mixer");
   for (size_t i = 0; i < layers_.size(); ++i) {
     std::optional<at::Tensor> before;
     const at::Tensor input = x;
@@ -78,6 +81,7 @@ TernaryGLUImpl::TernaryGLUImpl(const ModelConfig& config) {
 }
 
 at::Tensor TernaryGLUImpl::forward(const at::Tensor& x) {
+  RECORD_USER_SCOPE("glu");
   return down_proj_(relu2_glu(gate_proj_(x), up_proj_(x)));
 }
 

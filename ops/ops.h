@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// All operators of libflashlm_ops.
+// All operators of libflashlm_ops, and the optimizers' passes.
 #pragma once
 
+#include "ops/adamw.h"
 #include "ops/bit_linear.h"
 #include "ops/causal_conv1d.h"
 #include "ops/gated_conv.h"

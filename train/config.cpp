@@ -119,6 +119,8 @@ std::optional<CommandLine> parse_command_line(int argc, const char* const* argv,
   CLI::Option* resume =
       app.add_flag("--resume", line.resume, "continue the run in --out from its last checkpoint");
   resume->configurable(false);
+  app.add_flag("--profile", line.profile, "print at the end which part of a step took how long")
+      ->configurable(false);
   line.config.visit(Declare(app));
 
   std::string config_file = early_value(argc, argv, "--config");

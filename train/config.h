@@ -76,12 +76,16 @@ struct TrainConfig {
     visitor("normuon-beta1", optimizer.normuon_beta1, "decay of the momentum");
     visitor("normuon-beta2", optimizer.normuon_beta2, "decay of the row-wise second moment");
     visitor("normuon-weight-decay", optimizer.normuon_weight_decay, "decoupled, times the rate");
+    visitor("newton-schulz", optimizer.newton_schulz,
+            "NorMuon's products: 'float32', 'bfloat16', or 'auto': bfloat16 on CPUs that have AVX512-BF16");
     visitor("adamw-lr", optimizer.adamw_lr, "of everything else");
     visitor("adamw-beta1", optimizer.adamw_beta1, "decay of the first moment");
     visitor("adamw-beta2", optimizer.adamw_beta2, "decay of the second moment");
     visitor("adamw-eps", optimizer.adamw_eps, "added to the root of the second moment");
     visitor("weight-decay", optimizer.weight_decay, "of AdamW, decoupled; vectors have none");
     visitor("embedding-lr", optimizer.embedding_lr, "AdamW's rate for the embedding; 0: adamw-lr");
+    visitor("lazy-embedding", optimizer.lazy_embedding,
+            "rows of the embedding without a gradient wait for one, up to 15 steps");
     visitor("warmup-steps", warmup_steps, "learning rates rise linearly over these");
     visitor("decay-start", decay_start, "share of the run after which they fall linearly to 0");
     visitor("clip-norm", clip_norm, "bound on the norm of all gradients together; 0: none");
@@ -121,6 +125,7 @@ class Interval {
 struct CommandLine {
   TrainConfig config;
   bool resume = false;
+  bool profile = false;
   /// The effective settings as TOML, with the help of each as a comment.
   std::string toml;
 };

@@ -34,6 +34,9 @@ class NamedStateOptimizer : public torch::optim::Optimizer {
   /// type.
   void add_param_group(const torch::optim::OptimizerParamGroup& param_group);
 
+  /// Gives the parameters what step() has put off, if this optimizer puts anything off.
+  virtual void catch_up() {}
+
   /// What it remembers of param, empty before the first gradient. The tensors are the live ones, not copies.
   virtual TensorMap state_of(const at::Tensor& param) const = 0;
 

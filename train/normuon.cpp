@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "train/normuon.h"
 
+#include <ATen/cpu/Utils.h>
+
 #include <cmath>
 
 namespace flashlm {
@@ -23,25 +25,32 @@ at::Tensor row_state(const at::Tensor& param) { return at::zeros({param.size(0),
 
 }  // namespace
 
-at::Tensor newton_schulz(const at::Tensor& g, int64_t steps) {
+at::Tensor newton_schulz(const at::Tensor& g, int64_t steps, bool bfloat16) {
   TORCH_CHECK_VALUE(g.dim() == 2, "newton_schulz: g must have 2 dimensions, got ", g.dim());
   constexpr double a = 3.4445, b = -4.7750, c = 2.0315;
   const bool tall = g.size(0) > g.size(1);
   at::Tensor x = g / (g.norm() + 1e-7);
+  if (bfloat16) x = x.to(at::kBFloat16);
   if (tall) x = x.t();
   for (int64_t i = 0; i < steps; ++i) {
     const at::Tensor gram = x.mm(x.t());
     const at::Tensor polynomial = at::addmm(gram, gram, gram, /*beta=*/b, /*alpha=*/c);
     x = at::addmm(x, polynomial, x, /*beta=*/a, /*alpha=*/1);
   }
-  return tall ? x.t() : x;
+  return (tall ? x.t() : x).to(g.scalar_type());
+}
+
+bool has_bfloat16() {
+  const auto capabilities = at::cpu::get_cpu_capabilities();
+  const auto found = capabilities.find("avx512_bf16");
+  return found != capabilities.end() && found->second.toBool();
 }
 
 NorMuonUpdate normuon_update(const at::Tensor& grad, const at::Tensor& momentum,
                              const at::Tensor& second_moment, const NorMuonOptions& options) {
   NorMuonUpdate next;
   next.momentum = at::lerp(momentum, grad, 1 - options.beta1());
-  const at::Tensor o = newton_schulz(next.momentum, options.steps());
+  const at::Tensor o = newton_schulz(next.momentum, options.steps(), options.bfloat16());
   next.second_moment =
       at::lerp(second_moment, o.square().mean(/*dim=*/1, /*keepdim=*/true), 1 - options.beta2());
   const at::Tensor normalized = o / (next.second_moment.sqrt() + options.eps());
@@ -63,6 +72,7 @@ void NorMuonOptions::serialize(torch::serialize::OutputArchive& archive) const {
   _TORCH_OPTIM_SERIALIZE_TORCH_ARG(weight_decay);
   _TORCH_OPTIM_SERIALIZE_TORCH_ARG(eps);
   _TORCH_OPTIM_SERIALIZE_TORCH_ARG(steps);
+  _TORCH_OPTIM_SERIALIZE_TORCH_ARG(bfloat16);
 }
 
 void NorMuonOptions::serialize(torch::serialize::InputArchive& archive) {
@@ -72,6 +82,7 @@ void NorMuonOptions::serialize(torch::serialize::InputArchive& archive) {
   _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(double, weight_decay);
   _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(double, eps);
   _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(int64_t, steps);
+  _TORCH_OPTIM_DESERIALIZE_TORCH_ARG(bool, bfloat16);
 }
 
 void NorMuonParamState::serialize(torch::serialize::OutputArchive& archive) const {

@@ -27,14 +27,17 @@ std::unique_ptr<NamedStateOptimizer> make_optimizer(const Optimizers::Group& gro
     const auto options = NorMuonOptions(group.lr)
                              .beta1(config.normuon_beta1)
                              .beta2(config.normuon_beta2)
-                             .weight_decay(group.weight_decay);
+                             .weight_decay(group.weight_decay)
+                             .bfloat16(config.newton_schulz == "bfloat16" ||
+                                       (config.newton_schulz == "auto" && has_bfloat16()));
     return std::make_unique<NorMuon>(tensors, options);
   }
   const auto options = FusedAdamWOptions(group.lr)
                            .beta1(config.adamw_beta1)
                            .beta2(config.adamw_beta2)
                            .eps(config.adamw_eps)
-                           .weight_decay(group.weight_decay);
+                           .weight_decay(group.weight_decay)
+                           .lazy(group.name == "tables" && config.lazy_embedding);
   return std::make_unique<FusedAdamW>(tensors, options);
 }
 
@@ -55,6 +58,11 @@ int64_t Optimizers::Group::elements() const {
 Optimizers::Optimizers(const NamedParameters& parameters, const OptimizerConfig& config) {
   if (config.matrix_optimizer != "normuon" && config.matrix_optimizer != "adamw") {
     throw Error("matrix_optimizer must be \"normuon\" or \"adamw\", got \"" + config.matrix_optimizer + "\"");
+  }
+  if (config.newton_schulz != "auto" && config.newton_schulz != "float32" &&
+      config.newton_schulz != "bfloat16") {
+    throw Error("newton_schulz must be \"auto\", \"float32\" or \"bfloat16\", got \"" + config.newton_schulz +
+                "\"");
   }
   const bool normuon = config.matrix_optimizer == "normuon";
   const double table_lr = config.embedding_lr > 0 ? config.embedding_lr : config.adamw_lr;
@@ -81,6 +89,10 @@ void Optimizers::set_lr_scale(double scale) {
 
 void Optimizers::step() {
   for (const auto& optimizer : optimizers_) optimizer->step();
+}
+
+void Optimizers::catch_up() {
+  for (const auto& optimizer : optimizers_) optimizer->catch_up();
 }
 
 void Optimizers::zero_grad() {

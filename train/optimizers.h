@@ -16,12 +16,14 @@ struct OptimizerConfig {
   double normuon_beta1 = 0.95;
   double normuon_beta2 = 0.999;
   double normuon_weight_decay = 0;
+  std::string newton_schulz = "auto";  // "float32", "bfloat16", or the latter where the CPU has it
   double adamw_lr = 3e-4;
   double adamw_beta1 = 0.9;
   double adamw_beta2 = 0.95;
   double adamw_eps = 1e-8;
-  double weight_decay = 0.1;  // of AdamW, for everything but vectors
-  double embedding_lr = 0;    // of the tables; 0: adamw_lr
+  double weight_decay = 0.1;    // of AdamW, for everything but vectors
+  double embedding_lr = 0;      // of the tables; 0: adamw_lr
+  bool lazy_embedding = false;  // of the tables: FusedAdamWOptions::lazy
 };
 
 /// group     parameters                                            trained by
@@ -43,7 +45,7 @@ class Optimizers {
     int64_t elements() const;
   };
 
-  /// flashlm::Error if matrix_optimizer is neither of its values.
+  /// flashlm::Error if matrix_optimizer or newton_schulz is none of its values.
   Optimizers(const NamedParameters& parameters, const OptimizerConfig& config);
 
   /// Every group's learning rate becomes its own lr times scale: the schedule's multiplier.
@@ -51,6 +53,9 @@ class Optimizers {
 
   /// One update of each parameter that has a gradient.
   void step();
+
+  /// Gives the parameters what step() has put off: for the last weights of a run.
+  void catch_up();
 
   /// Gradients become undefined, not zero: a frozen parameter then stays out of step().
   void zero_grad();

@@ -84,6 +84,7 @@ Trainer::Trainer(const CommandLine& line)
   model_ = FlashLM(config_.model);
   const NamedParameters parameters = named_parameters(model_);
   optimizers_ = std::make_unique<Optimizers>(parameters, config_.optimizer);
+  if (line.profile) profile_ = std::make_unique<Profile>();
   if (config_.ema_decay > 0) ema_ = std::make_unique<Ema>(parameters, config_.ema_decay);
   sampler_ = std::make_unique<BatchSampler>(dataset_.train, static_cast<uint64_t>(config_.seed));
   generator_ = at::make_generator<at::CPUGeneratorImpl>(static_cast<uint64_t>(config_.seed));
@@ -132,6 +133,7 @@ bool Trainer::run(const volatile std::sig_atomic_t& stop) {
     if (stop) {
       if (checkpointed_step_ != done_.step) checkpoint_now();
       plot();
+      if (profile_) progress_line_.message(profile_->report());
       progress_line_.message("stopped at step " + std::to_string(done_.step) +
                              " and saved; continue with: train_flashlm --out " + config_.out + " --resume");
       return false;
@@ -155,7 +157,10 @@ void Trainer::train_step() {
   const Phase& phase = phase_at(curriculum_, fraction);
   lr_scale_ = wsd(fraction, next.step, config_.warmup_steps, config_.decay_start);
   optimizers_->set_lr_scale(lr_scale_);
-  optimizers_->zero_grad();
+  {
+    const Profile::Timer timer(profile_.get(), "zero_grad");
+    optimizers_->zero_grad();
+  }
 
   const int64_t batch = config_.batch_size, seq_len = phase.seq_len, positions = batch * seq_len;
   const int64_t trained =
@@ -164,9 +169,11 @@ void Trainer::train_step() {
   for (int64_t i = 0; i < phase.grad_accum; ++i) {
     at::Tensor inputs = torch::empty({batch, seq_len}, at::kLong), targets = torch::empty_like(inputs),
                chosen;
+    std::optional<Profile::Timer> timer(std::in_place, profile_.get(), "data");
     sampler_->next(batch, seq_len, {inputs.mutable_data_ptr<int64_t>(), static_cast<size_t>(positions)},
                    {targets.mutable_data_ptr<int64_t>(), static_cast<size_t>(positions)});
     if (trained < positions) chosen = torch::randperm(positions, generator_, at::kLong).slice(0, 0, trained);
+    timer.reset();
     const auto [loss, nll] = model_->loss(inputs, targets, {config_.label_smoothing, config_.z_loss}, chosen);
     (loss / static_cast<double>(phase.grad_accum)).backward();
     nll_mean += nll.item<double>() / static_cast<double>(phase.grad_accum);
@@ -176,11 +183,21 @@ void Trainer::train_step() {
                 "; lower --normuon-lr and --adamw-lr, then --resume from the last checkpoint");
   }
   const double max_norm = config_.clip_norm > 0 ? config_.clip_norm : std::numeric_limits<double>::infinity();
-  grad_norm_ = torch::nn::utils::clip_grad_norm_(model_->parameters(), max_norm);
-  optimizers_->step();
-  if (ema_) ema_->update();
+  {
+    const Profile::Timer timer(profile_.get(), "clip");
+    grad_norm_ = torch::nn::utils::clip_grad_norm_(model_->parameters(), max_norm);
+  }
+  {
+    const Profile::Timer timer(profile_.get(), "optimizers");
+    optimizers_->step();
+  }
+  if (ema_) {
+    const Profile::Timer timer(profile_.get(), "ema");
+    ema_->update();
+  }
 
   const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+  if (profile_) profile_->step(seconds.count());
   const double tokens = static_cast<double>(positions * phase.grad_accum);
   // Smoothed for the eye only: about the last ten steps.
   const auto smooth = [&](double& value, double now) {
@@ -281,6 +298,7 @@ void Trainer::save_and_sample() {
 }
 
 void Trainer::finish() {
+  optimizers_->catch_up();
   evaluate_now();
   if (checkpointed_step_ != done_.step) checkpoint_now();
   progress_line_.update(reading());
@@ -306,6 +324,7 @@ void Trainer::finish() {
        << "saved     " << run_.model().string() << ", " << run_.plot().string() << ", "
        << run_.metrics().string();
   progress_line_.message(text.str());
+  if (profile_) progress_line_.message(profile_->report());
 }
 
 void Trainer::plot() const {

@@ -13,6 +13,7 @@
 #include "train/config.h"
 #include "train/evaluate.h"
 #include "train/metrics.h"
+#include "train/profile.h"
 #include "train/progress.h"
 #include "train/run_folder.h"
 #include "train/schedule.h"
@@ -58,6 +59,7 @@ class Trainer {
   at::Generator generator_;
   std::unique_ptr<MetricsLog> metrics_;
   ProgressLine progress_line_;
+  std::unique_ptr<Profile> profile_;  // null without --profile
 
   Progressed done_;
   int64_t checkpointed_step_ = -1;

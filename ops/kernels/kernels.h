@@ -33,8 +33,29 @@ struct PairRows {
 /// Outputs in one panel of 2-bit weights; see "Packed ternary weights" in docs/formats.md.
 constexpr int64_t kPackedOutputs = 64;
 
+/// The constants of one step of AdamW, and what a row is owed for the steps that it missed; see ops/adamw.h.
+template <class T>
+struct AdamWStep {
+  T keep, beta1, beta2, rate, root, eps;
+};
+template <class T>
+struct AdamWOwed {
+  T keep, tail, beta1, beta2, eps;
+};
+
 template <class T>
 struct Table {
+  // ---- adamw: in place on w, m, v; g, w, m and v do not overlap. The same bits on every level ----
+
+  /// m = beta1 m + (1 - beta1) g; v = beta2 v + (1 - beta2) g^2; w = keep w - rate m / (sqrt(v) root + eps).
+  void (*adamw)(int64_t n, const AdamWStep<T>& step, const T* g, T* w, T* m, T* v);
+
+  /// w = keep w - tail m / (sqrt(v) + eps); then m = beta1 m; v = beta2 v.
+  void (*adamw_owed)(int64_t n, const AdamWOwed<T>& owed, T* w, T* m, T* v);
+
+  /// Whether x is 0 or -0 throughout.
+  bool (*all_zero)(int64_t n, const T* x);
+
   // ---- bit_linear: ternary weights Q in {-1, 0, 1}, int8 rows; formulas in ops/bit_linear.h ----
 
   /// sum |w|. In double and in a fixed order: the same value on every level.

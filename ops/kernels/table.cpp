@@ -7,6 +7,7 @@ namespace flashlm::kernels::FLASHLM_ISA {
 template <class T>
 static Table<T> make_table() {
   Table<T> table{};
+  add_adamw(table);
   add_bit_linear(table);
   add_causal_conv1d(table);
   add_cross_entropy(table);

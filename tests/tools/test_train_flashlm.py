@@ -92,6 +92,21 @@ def test_second_start_does_not_touch_a_run(finished_run, dataset, tiny_config):
     assert (finished_run / "model.safetensors").read_bytes() == before
 
 
+def test_profile_accounts_for_a_step(dataset, tiny_config, tmp_path):
+    text = succeed("train_flashlm", "--config", tiny_config, "--data", dataset, "--out", tmp_path / "run", "--profile")
+    table = text[text.index("ms per step"):].splitlines()
+    rows = {line[:14].strip(): [float(word.rstrip("%")) for word in line[14:].split()] for line in table[1:]}
+    assert set(rows) == {"zero_grad", "data", "embedding", "mixer", "glu", "head", "gradient sums", "clip", "optimizers",
+                         "ema", "other", "step"}
+    whole = rows.pop("step")
+    for name, (forward, backward, share) in rows.items():
+        assert forward >= 0 and share == pytest.approx(100 * (forward + backward) / whole[0], abs=1), name
+    for name in ("embedding", "mixer", "glu", "head"):
+        assert rows[name][0] > 0 and rows[name][1] > 0, name
+    assert sum(share for _, _, share in rows.values()) == pytest.approx(100, abs=1)
+    assert rows["other"][2] < 50
+
+
 @pytest.mark.parametrize("suffix", [".npy", ".bin"])
 def test_raw_token_files(suffix, tiny_config, tmp_path):
     numpy = pytest.importorskip("numpy")

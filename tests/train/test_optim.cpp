@@ -117,6 +117,20 @@ TEST_CASE("newton_schulz brings singular values near one and keeps directions", 
   CHECK(newton_schulz(at::zeros_like(g), 5).eq(0).all().item<bool>());
 }
 
+TEST_CASE("newton_schulz in bfloat16 keeps the singular values' range and the direction", "[normuon]") {
+  at::manual_seed(10);
+  const auto [rows, columns] = GENERATE(table<int, int>({{683, 256}, {256, 683}, {256, 256}, {1, 9}}));
+  const at::Tensor g = at::randn({rows, columns});
+  const at::Tensor exact = newton_schulz(g, 5), rounded = newton_schulz(g, 5, /*bfloat16=*/true);
+  CHECK(rounded.scalar_type() == at::kFloat);
+  CHECK(rounded.sizes() == g.sizes());
+  CHECK_FALSE(identical(rounded, exact));
+  const auto relative = (rounded - exact).norm() / exact.norm();
+  CHECK(relative.item<double>() < 0.02);
+  CHECK(max_difference(at::linalg_svdvals(rounded), at::linalg_svdvals(exact)) < 0.02);
+  CHECK(newton_schulz(at::zeros_like(g), 5, true).eq(0).all().item<bool>());
+}
+
 TEST_CASE("NorMuon follows its Python twin over 100 steps", "[normuon]") {
   const auto golden = flashlm::testing::load_golden(NORMUON_GOLDEN);
   const std::string name = GENERATE("row", "column", "wide", "tall", "decayed");
@@ -155,6 +169,19 @@ TEST_CASE("normuon_update is pure, and its RMS is 0.2 lr for any gradient", "[no
 
   const at::Tensor zero = at::zeros({7, 12});
   CHECK(normuon_update(zero, zero, at::zeros({7, 1}), NorMuonOptions()).update.eq(0).all().item<bool>());
+}
+
+TEST_CASE("NorMuon in bfloat16 steps as far as in float32, in nearly the same direction", "[normuon]") {
+  at::manual_seed(12);
+  const at::Tensor grad = at::randn({96, 40}), momentum = at::zeros({96, 40}),
+                   second_moment = at::zeros({96, 1});
+  const auto update = [&](bool bfloat16) {
+    return normuon_update(grad, momentum, second_moment, NorMuonOptions(0.5).bfloat16(bfloat16)).update;
+  };
+  const at::Tensor exact = update(false), rounded = update(true);
+  CHECK(rounded.square().mean().sqrt().item<double>() == Approx(0.1).epsilon(1e-5));
+  CHECK_FALSE(identical(rounded, exact));
+  CHECK((rounded - exact).norm().item<double>() < 0.03 * exact.norm().item<double>());
 }
 
 TEST_CASE("NorMuon is a torch optimizer", "[normuon]") {
@@ -201,6 +228,7 @@ TEST_CASE("optimizers refuse wrong settings and parameters", "[normuon][adamw]")
   CHECK(adamw(FusedAdamWOptions().beta2(1.5)) == "FusedAdamW: beta2 must be in [0, 1), got 1.5");
   CHECK(adamw(FusedAdamWOptions().eps(-1)) == "FusedAdamW: eps must be >= 0, got -1");
   CHECK(adamw(FusedAdamWOptions().weight_decay(-1)) == "FusedAdamW: weight_decay must be >= 0, got -1");
+  CHECK(adamw(FusedAdamWOptions().beta2(0).lazy(true)) == "FusedAdamW: beta2 must be > 0 if lazy, got 0");
   CHECK(message_of([] {
           FusedAdamW({at::zeros({2, 3}).t()});
         }) == "FusedAdamW: parameters must be contiguous, got one with sizes [3, 2] and strides [1, 3]");
@@ -244,6 +272,27 @@ TEST_CASE("FusedAdamW equals torch's AdamW over 20 steps", "[adamw]") {
   CHECK(fused.state_of(ours[2]).at("step").item<float>() == 15);
 }
 
+TEST_CASE("lazy FusedAdamW puts rows without a gradient off, and catches up", "[adamw]") {
+  at::manual_seed(11);
+  const at::Tensor dense = parameter({200, 3}), lazy = dense.detach().clone().requires_grad_();
+  FusedAdamW first({dense}, FusedAdamWOptions(0.01)), second({lazy}, FusedAdamWOptions(0.01).lazy(true));
+  second.catch_up();  // nothing to do yet
+  for (int step = 1; step <= 40; ++step) {
+    at::Tensor grad = at::randn({200, 3});
+    for (int row = 0; row < 200; ++row) {
+      if ((row + step) % 11 != 0) grad[row].zero_();
+    }
+    set_grad(dense, grad);
+    set_grad(lazy, grad);
+    first.step();
+    second.step();
+  }
+  CHECK(max_difference(dense, lazy) > 1e-3);
+  second.catch_up();
+  CHECK(max_difference(dense, lazy) < 1e-5);
+  CHECK(second.state_of(lazy).at("last_step").eq(40).all().item<bool>());
+}
+
 TEST_CASE("optimizers can be saved by torch::save", "[normuon][adamw]") {
   at::manual_seed(5);
   const auto check = [](auto make_optimizer) {
@@ -265,9 +314,11 @@ TEST_CASE("optimizers can be saved by torch::save", "[normuon][adamw]") {
   check([](const at::Tensor& p, double lr) {
     return std::make_unique<NorMuon>(std::vector{p}, NorMuonOptions(lr));
   });
-  check([](const at::Tensor& p, double lr) {
-    return std::make_unique<FusedAdamW>(std::vector{p}, FusedAdamWOptions(lr));
-  });
+  for (const bool lazy : {false, true}) {
+    check([lazy](const at::Tensor& p, double lr) {
+      return std::make_unique<FusedAdamW>(std::vector{p}, FusedAdamWOptions(lr).lazy(lazy));
+    });
+  }
 }
 
 TEST_CASE("parameters are grouped as in v3", "[optimizers]") {
@@ -309,6 +360,10 @@ TEST_CASE("the configuration chooses optimizers and rates", "[optimizers]") {
   config.matrix_optimizer = "muon";
   CHECK(message_of([&] { Optimizers(parameters, config); }) ==
         "matrix_optimizer must be \"normuon\" or \"adamw\", got \"muon\"");
+  config.matrix_optimizer = "normuon";
+  config.newton_schulz = "float16";
+  CHECK(message_of([&] { Optimizers(parameters, config); }) ==
+        "newton_schulz must be \"auto\", \"float32\" or \"bfloat16\", got \"float16\"");
 }
 
 TEST_CASE("each group steps at its own rate, scaled, and frozen parameters rest", "[optimizers]") {
@@ -355,6 +410,41 @@ TEST_CASE("saved state continues bit for bit", "[optimizers]") {
   CHECK(saved.contains("optimizer.glu.up.weight.momentum"));
   CHECK(saved.at("optimizer.norm.scale.step").item<float>() == 5);
   CHECK(second.state().at("optimizer.norm.scale.step").item<float>() == 10);
+}
+
+TEST_CASE("saved state of a lazy table continues bit for bit, rows that wait included", "[optimizers]") {
+  at::manual_seed(13);
+  const auto step = [](Optimizers& optimizers, const NamedParameters& parameters, int first, int last) {
+    for (int i = first; i < last; ++i) {
+      at::manual_seed(i);
+      at::Tensor grad = at::randn({300, 4});
+      for (int row = 0; row < 300; ++row) {
+        if ((row + i) % 7 != 0) grad[row].zero_();
+      }
+      set_grad(parameters[0].second, grad);
+      optimizers.step();
+    }
+  };
+  OptimizerConfig config;
+  config.lazy_embedding = true;
+  const NamedParameters unbroken = {{"embedding.weight", parameter({300, 4})}};
+  Optimizers first(unbroken, config);
+  step(first, unbroken, 0, 20);
+  const TensorMap saved = clone(first.state());
+  CHECK(saved.size() == 5);
+  const NamedParameters resumed = clone(unbroken);
+  Optimizers second(resumed, config);
+  second.load_state(saved);
+  step(first, unbroken, 20, 30);
+  step(second, resumed, 20, 30);
+  CHECK(identical(resumed[0].second, unbroken[0].second));
+  first.catch_up();
+  second.catch_up();
+  CHECK(identical(resumed[0].second, unbroken[0].second));
+
+  Optimizers dense(resumed, {});
+  CHECK(message_of([&] { dense.load_state(saved); }) ==
+        "optimizer state of embedding.weight, for AdamW: it was saved by a lazy one, which put rows off");
 }
 
 TEST_CASE("state that does not fit is refused", "[optimizers]") {
