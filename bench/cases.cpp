@@ -241,7 +241,7 @@ Case kernel_case(const Ggml* ggml, const TernaryKernels& ternary, int64_t m, int
     contest.contestants = {
         {"FlashLM", [=] {
            kernels::table<float>().quantize_rows(
-               m, k, x.const_data_ptr<float>(), q.mutable_data_ptr<int8_t>(),
+               m, k, x.const_data_ptr<float>(), /*smallest=*/1e-5f, q.mutable_data_ptr<int8_t>(),
                inverse_scale.mutable_data_ptr<float>(), row_sum.mutable_data_ptr<int32_t>());
            ternary.gemm(m, n, k, q.const_data_ptr<int8_t>(), row_sum.const_data_ptr<int32_t>(),
                         inverse_scale.const_data_ptr<float>(), packed.const_data_ptr<uint8_t>(), gamma,

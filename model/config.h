@@ -21,6 +21,7 @@ struct ModelConfig {
   std::vector<int64_t> dilations = {1, 4, 64};
   std::string quantizer = "threshold";
   std::string activation = "none";
+  std::string gradient = "float32";
   double norm_eps = 1e-8;
   double embedding_std = 0.02;
   double embedding_scale = 1.0;
@@ -41,6 +42,8 @@ struct ModelConfig {
     visitor("quantizer", quantizer,
             "ternary weights: 'absmean' (scaled, BitNet b1.58) or 'threshold' (unscaled, v3)");
     visitor("activation", activation, "input of ternary layers: 'int8' (per row) or 'none' (float, v3)");
+    visitor("gradient", gradient,
+            "products of ternary layers' backward: 'float32', 'bfloat16' or 'int8' (with activation 'int8')");
     visitor("norm-eps", norm_eps, "epsilon of every RMSNorm");
     visitor("embedding-std", embedding_std, "standard deviation of the embedding table at the start");
     visitor("embedding-scale", embedding_scale,

@@ -24,12 +24,12 @@ RMSNormImpl::RMSNormImpl(int64_t width, double eps) : eps_(eps) {
 at::Tensor RMSNormImpl::forward(const at::Tensor& x) { return rms_norm(x, scale, eps_); }
 
 BitLinearImpl::BitLinearImpl(int64_t in, int64_t out, double std, const ModelConfig& config)
-    : quantizer_(config.quantizer), activation_(config.activation) {
+    : quantizer_(config.quantizer), activation_(config.activation), gradient_(config.gradient) {
   weight = register_parameter("weight", normal({out, in}, std));
 }
 
 at::Tensor BitLinearImpl::forward(const at::Tensor& x) {
-  return bit_linear(x, weight, /*norm_scale=*/std::nullopt, quantizer_, activation_);
+  return bit_linear(x, weight, /*norm_scale=*/std::nullopt, quantizer_, activation_, /*eps=*/0, gradient_);
 }
 
 CausalConv1dImpl::CausalConv1dImpl(const ModelConfig& config) {

@@ -33,7 +33,7 @@ class BitLinearImpl : public torch::nn::Module {
   at::Tensor weight;
 
  private:
-  std::string quantizer_, activation_;
+  std::string quantizer_, activation_, gradient_;
 };
 TORCH_MODULE(BitLinear);
 

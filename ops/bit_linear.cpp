@@ -11,25 +11,25 @@ namespace flashlm {
 TORCH_LIBRARY_FRAGMENT(flashlm, m) {
   m.def(
       "bit_linear(Tensor x, Tensor weight, Tensor? norm_scale=None, *, str quantizer=\"absmean\", "
-      "str activation=\"int8\", float eps=1e-6) -> Tensor",
+      "str activation=\"int8\", float eps=1e-6, str gradient=\"float32\") -> Tensor",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "_bit_linear_forward(Tensor x, Tensor weight, Tensor? norm_scale, str quantizer, str activation, "
-      "float eps) -> (Tensor y, Tensor q, Tensor inverse_scale)",
+      "float eps, str gradient) -> (Tensor y, Tensor q, Tensor inverse_scale)",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "_bit_linear_backward(Tensor grad_y, Tensor? x, Tensor? q, Tensor? inverse_scale, Tensor weight, "
-      "Tensor? norm_scale, str quantizer, str activation, float eps, bool[3] output_mask) "
+      "Tensor? norm_scale, str quantizer, str activation, float eps, str gradient, bool[3] output_mask) "
       "-> (Tensor, Tensor, Tensor)",
       {at::Tag::pt2_compliant_tag});
 }
 
 at::Tensor bit_linear(const at::Tensor& x, const at::Tensor& weight,
                       const std::optional<at::Tensor>& norm_scale, std::string_view quantizer,
-                      std::string_view activation, double eps) {
+                      std::string_view activation, double eps, std::string_view gradient) {
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("flashlm::bit_linear", "").typed<decltype(bit_linear)>();
-  return op.call(x, weight, norm_scale, quantizer, activation, eps);
+  return op.call(x, weight, norm_scale, quantizer, activation, eps, gradient);
 }
 
 namespace {
@@ -39,32 +39,45 @@ using OptionalTensor = std::optional<at::Tensor>;
 using ThreeTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
 ThreeTensors forward(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& norm_scale,
-                     std::string_view quantizer, std::string_view activation, double eps) {
+                     std::string_view quantizer, std::string_view activation, double eps,
+                     std::string_view gradient) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("flashlm::_bit_linear_forward", "")
                              .typed<decltype(forward)>();
-  return op.call(x, weight, norm_scale, quantizer, activation, eps);
+  return op.call(x, weight, norm_scale, quantizer, activation, eps, gradient);
 }
 
 ThreeTensors backward(const at::Tensor& grad_y, const OptionalTensor& x, const OptionalTensor& q,
                       const OptionalTensor& inverse_scale, const at::Tensor& weight,
                       const OptionalTensor& norm_scale, std::string_view quantizer,
-                      std::string_view activation, double eps, std::array<bool, 3> output_mask) {
+                      std::string_view activation, double eps, std::string_view gradient,
+                      std::array<bool, 3> output_mask) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("flashlm::_bit_linear_backward", "")
                              .typed<decltype(backward)>();
-  return op.call(grad_y, x, q, inverse_scale, weight, norm_scale, quantizer, activation, eps, output_mask);
+  return op.call(grad_y, x, q, inverse_scale, weight, norm_scale, quantizer, activation, eps, gradient,
+                 output_mask);
 }
 
 at::Tensor composite(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& norm_scale,
-                     std::string_view quantizer, std::string_view activation, double eps) {
-  return std::get<0>(forward(x, weight, norm_scale, quantizer, activation, eps));
+                     std::string_view quantizer, std::string_view activation, double eps,
+                     std::string_view gradient) {
+  return std::get<0>(forward(x, weight, norm_scale, quantizer, activation, eps, gradient));
+}
+
+/// What the products of the backward multiply.
+enum class Gradient { kFloat32, kBfloat16, kInt8 };
+
+Gradient parse_gradient(std::string_view name) {
+  TORCH_CHECK(name == "float32" || name == "bfloat16" || name == "int8",
+              "bit_linear: gradient must be 'float32', 'bfloat16' or 'int8', got '", name, "'");
+  return name == "int8" ? Gradient::kInt8 : name == "bfloat16" ? Gradient::kBfloat16 : Gradient::kFloat32;
 }
 
 /// Checks the arguments and makes the outputs: the Meta kernel, and the CPU kernel's first line.
 ThreeTensors new_outputs(const at::Tensor& x, const at::Tensor& weight,
                          const std::optional<at::Tensor>& norm_scale, std::string_view quantizer,
-                         std::string_view activation, double eps) {
+                         std::string_view activation, double eps, std::string_view gradient) {
   check_floating("bit_linear", "x", x);
   check_same_dtype("bit_linear", "weight", weight, x);
   TORCH_CHECK(x.dim() >= 1, "bit_linear: x must have at least 1 dimension, got 0");
@@ -86,6 +99,8 @@ ThreeTensors new_outputs(const at::Tensor& x, const at::Tensor& weight,
                     " in activation mode 'int8', where sums are int32, got ", in, "; use activation 'none'");
   }
   TORCH_CHECK(eps >= 0, "bit_linear: eps must be >= 0, got ", eps);
+  TORCH_CHECK(int8 || parse_gradient(gradient) != Gradient::kInt8,
+              "bit_linear: gradient 'int8' needs activation 'int8', got '", activation, "'");
   auto shape = x.sym_sizes().vec();
   shape.back() = weight.sym_size(0);
   const at::Tensor y = x.new_empty_symint(shape);
@@ -99,6 +114,9 @@ ThreeTensors new_outputs(const at::Tensor& x, const at::Tensor& weight,
 /// Rows that are normed and quantized together, in buffers that stay in cache until the product reads them; a
 /// multiple of every tile's rows.
 constexpr int64_t kRowBlock = 96;
+/// The least max|row| that a scale is made for: of activations, see bit_linear.h; of gradients, whose inverse
+/// is a float.
+constexpr double kSmallestActivation = 1e-5, kSmallestGradient = 1e-35;
 /// Rows over which grad_weight is summed before the sum goes to memory.
 constexpr int64_t kDepth = 256;
 /// Rows whose packed form is held at once for grad_weight.
@@ -120,6 +138,7 @@ struct Inputs {
   double eps;
   bool int8;
   Quantizer quantizer;
+  Gradient gradient = Gradient::kFloat32;  // as asked for
 };
 
 template <class T>
@@ -171,8 +190,8 @@ class Quantizing {
     const bool kept = in_.q.defined();
     int8_t* q = kept ? in_.q.mutable_data_ptr<int8_t>() + begin * in_.q.size(1) : q_.data();
     T* inverse_scale = kept ? in_.inverse_scale.mutable_data_ptr<T>() + begin : inverse_scale_.data();
-    kernels::table<T>().quantize_rows(end - begin, in_.k, rows_(begin, end), q, inverse_scale,
-                                      row_sum_.data());
+    kernels::table<T>().quantize_rows(end - begin, in_.k, rows_(begin, end), kSmallestActivation, q,
+                                      inverse_scale, row_sum_.data());
     return {q, inverse_scale, row_sum_.data()};
   }
 
@@ -238,8 +257,9 @@ void forward_float(const Inputs& in, const at::Tensor& weight, T* y) {
 }
 
 ThreeTensors forward_cpu(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& norm_scale,
-                         std::string_view quantizer, std::string_view activation, double eps) {
-  auto out = new_outputs(x, weight, norm_scale, quantizer, activation, eps);
+                         std::string_view quantizer, std::string_view activation, double eps,
+                         std::string_view gradient) {
+  auto out = new_outputs(x, weight, norm_scale, quantizer, activation, eps, gradient);
   auto& [y, q, inverse_scale] = out;
   if (x.numel() == 0 || y.numel() == 0) {
     q.zero_();
@@ -268,14 +288,15 @@ ThreeTensors forward_cpu(const at::Tensor& x, const at::Tensor& weight, const Op
 ThreeTensors new_gradients(const at::Tensor& grad_y, const OptionalTensor& x, const OptionalTensor& q,
                            const OptionalTensor& inverse_scale, const at::Tensor& weight,
                            const OptionalTensor& norm_scale, std::string_view quantizer,
-                           std::string_view activation, double eps, std::array<bool, 3> output_mask) {
+                           std::string_view activation, double eps, std::string_view gradient,
+                           std::array<bool, 3> output_mask) {
   check_same_dtype("_bit_linear_backward", "grad_y", grad_y, weight);
   TORCH_CHECK(x.has_value() != (q.has_value() && inverse_scale.has_value()),
               "_bit_linear_backward: needs either x, or q and inverse_scale");
   auto shape = grad_y.sym_sizes().vec();
   shape.back() = weight.sym_size(1);
   const at::Tensor grad_x = weight.new_empty_symint(shape);
-  new_outputs(x ? *x : grad_x, weight, norm_scale, quantizer, activation, eps);
+  new_outputs(x ? *x : grad_x, weight, norm_scale, quantizer, activation, eps, gradient);
   const auto if_wanted = [&](size_t i, const at::Tensor& like) {
     return output_mask[i] ? like.new_empty_symint(like.sym_sizes()) : no_grad();
   };
@@ -283,11 +304,18 @@ ThreeTensors new_gradients(const at::Tensor& grad_y, const OptionalTensor& x, co
           norm_scale ? if_wanted(2, *norm_scale) : no_grad()};
 }
 
-/// Whether the backward multiplies in bfloat16, which holds the codes and the int8 rows exactly and rounds
-/// only grad_y: in mode "int8", where the CPU has such products.
+/// What this CPU has of what was asked for; where it lacks it, and in float64, the exact one.
 template <class T>
-bool uses_bf16(const Inputs& in) {
-  return in.int8 && kernels::table<T>().bf16_panel > 0;
+Gradient gradient_of(const Inputs& in) {
+  const auto& table = kernels::table<T>();
+  const bool has_it = in.gradient == Gradient::kInt8 ? table.int8_panel > 0 : table.bf16_panel > 0;
+  return has_it ? in.gradient : Gradient::kFloat32;
+}
+
+TernaryLayout backward_layout(Gradient gradient) {
+  return gradient == Gradient::kInt8       ? TernaryLayout::kInt8Transposed
+         : gradient == Gradient::kBfloat16 ? TernaryLayout::kBf16Transposed
+                                           : TernaryLayout::kSumTableTransposed;
 }
 
 /// grad_n (rows, K) = grad_y (rows, N) · (gamma Q), for one thread.
@@ -295,40 +323,59 @@ template <class T>
 class ProductWithWeights {
  public:
   ProductWithWeights(const Inputs& in, const void* packed, T gamma)
-      : in_(in),
-        bf16_(uses_bf16<T>(in)),
-        packed_(packed),
-        gamma_(gamma),
-        pairs_(bf16_ ? kRowBlock * pairs() : 0) {
-    if (!bf16_) sums_.emplace(in.k, in.n, packed, gamma);
+      : in_(in), gradient_(gradient_of<T>(in)), packed_(packed), gamma_(gamma) {
+    switch (gradient_) {
+      case Gradient::kFloat32:
+        sums_.emplace(in.k, in.n, packed, gamma);
+        break;
+      case Gradient::kBfloat16:
+        pairs_.resize(kRowBlock * pairs());
+        break;
+      case Gradient::kInt8:
+        q_.resize(kRowBlock * round_up(in.n, 4));
+        inverse_scale_.resize(kRowBlock);
+        row_sum_.resize(kRowBlock);
+    }
   }
 
   /// At most kRowBlock rows.
   void operator()(int64_t rows, const T* grad_y, T* grad_n) {
-    if (!bf16_) return (*sums_)(rows, grad_y, grad_n);
     const auto& table = kernels::table<T>();
-    table.bf16_pack_rows(rows, in_.n, grad_y, in_.n, pairs_.data());
-    table.gemm_bf16(rows, in_.k, in_.n, {pairs_.data(), pairs(), 1, table.bf16_panel * pairs()},
-                    static_cast<const int32_t*>(packed_), gamma_, grad_n, in_.k, /*accumulate=*/false);
+    switch (gradient_) {
+      case Gradient::kFloat32:
+        (*sums_)(rows, grad_y, grad_n);
+        break;
+      case Gradient::kBfloat16:
+        table.bf16_pack_rows(rows, in_.n, grad_y, in_.n, pairs_.data());
+        table.gemm_bf16(rows, in_.k, in_.n, {pairs_.data(), pairs(), 1, table.bf16_panel * pairs()},
+                        static_cast<const int32_t*>(packed_), gamma_, grad_n, in_.k, /*accumulate=*/false);
+        break;
+      case Gradient::kInt8:
+        table.quantize_rows(rows, in_.n, grad_y, kSmallestGradient, q_.data(), inverse_scale_.data(),
+                            row_sum_.data());
+        table.ternary_gemm(rows, in_.k, in_.n, q_.data(), row_sum_.data(), inverse_scale_.data(),
+                           static_cast<const uint8_t*>(packed_), gamma_, grad_n, in_.k);
+    }
   }
 
  private:
   int64_t pairs() const { return (in_.n + 1) / 2; }
 
   const Inputs& in_;
-  bool bf16_;
+  Gradient gradient_;
   const void* packed_;
   T gamma_;
-  std::vector<int32_t> pairs_;
   std::optional<SumTableProduct<T>> sums_;
+  std::vector<int32_t> pairs_, row_sum_;
+  std::vector<int8_t> q_;
+  std::vector<T> inverse_scale_;
 };
 
 /// grad_x, and through the norm if there is one.
 template <class T>
 void backward_x(const Inputs& in, const at::Tensor& weight, const T* grad_y, T* grad_x, T* grad_norm_scale) {
   const auto weights = ternary_weights<T>(weight, in.quantizer);
-  const void* packed = weights->packed(
-      uses_bf16<T>(in) ? TernaryLayout::kBf16Transposed : TernaryLayout::kSumTableTransposed, weight);
+  const void* packed = weights->packed(backward_layout(gradient_of<T>(in)), weight);
   if (!in.norm_scale.defined()) {
     at::parallel_for(0, in.m, kRowBlock, [&](int64_t first, int64_t last) {
       ProductWithWeights<T> product(in, packed, weights->gamma());
@@ -351,74 +398,111 @@ void backward_x(const Inputs& in, const at::Tensor& weight, const T* grad_y, T* 
 }
 
 /// The rows that entered the product, packed for grad_weight = grad_yᵀ · a: blocks of kDepth rows, of which
-/// a chunk is held at once. In bfloat16 they are q, and 1 / s goes to grad_y.
+/// a chunk is held at once. Int8 rows are packed as q where the product takes it, and 1 / s goes to grad_y.
 template <class T>
 class PackedRows {
  public:
-  explicit PackedRows(const Inputs& in)
-      : in_(in),
-        bf16_(uses_bf16<T>(in)),
-        width_(round_up(in.k, bf16_ ? kernels::table<T>().bf16_panel : kernels::table<T>().gemm_panel)),
-        rows_(round_up(std::min(in.m, kChunkRows), kDepth)),
-        pairs_(bf16_ ? rows_ / 2 * width_ : 0),
-        values_(bf16_ ? 0 : rows_ * width_),
-        inverse_scale_(bf16_ ? rows_ : 0) {}
+  explicit PackedRows(const Inputs& in) : in_(in), gradient_(gradient_of<T>(in)) {
+    const auto& table = kernels::table<T>();
+    const int64_t blocks = (std::min(in.m, kChunkRows) + kDepth - 1) / kDepth;
+    if (gradient_ == Gradient::kFloat32) {
+      block_ = kDepth * round_up(in.k, table.gemm_panel);
+      values_.resize(blocks * block_);
+    } else {
+      block_ = gradient_ == Gradient::kInt8 ? (kDepth / 4 + 1) * round_up(in.k, table.int8_panel)
+                                            : kDepth / 2 * round_up(in.k, table.bf16_panel);
+      words_.resize(blocks * block_);
+      // Without int8 rows there is nothing to make good at grad_y.
+      inverse_scale_.assign(blocks * kDepth, T(1));
+    }
+  }
 
   /// Takes rows first .. last, a chunk.
   void pack(int64_t first, int64_t last) {
     at::parallel_for(0, (last - first + kDepth - 1) / kDepth, 1, [&](int64_t from, int64_t to) {
       NormedRows<T> normed(in_, kDepth);
       Quantizing<T> quantized(in_, kDepth);
-      std::vector<T> buffer(in_.int8 && !bf16_ ? kDepth * in_.k : 0);
+      std::vector<T> buffer(in_.int8 && gradient_ == Gradient::kFloat32 ? kDepth * in_.k : 0);
       for (int64_t block = from; block < to; ++block) {
         const int64_t begin = first + block * kDepth, end = std::min(last, begin + kDepth);
-        const T* rows =
-            in_.int8 ? pack_int8(begin, end, block, quantized, buffer.data()) : normed(begin, end);
-        if (rows == nullptr) continue;
-        kernels::table<T>().gemm_pack(end - begin, in_.k, rows, /*row_stride=*/in_.k, /*col_stride=*/1,
-                                      values_.data() + block * kDepth * width_);
+        if (in_.int8) {
+          pack_int8(end - begin, block, int8_rows(begin, end, quantized), buffer.data());
+        } else {
+          pack_float(end - begin, block, normed(begin, end));
+        }
       }
     });
   }
 
+  /// Packed grad_y, for one thread.
+  struct Scratch {
+    std::vector<int32_t> strips;
+    std::vector<T> scale;
+  };
+
   /// grad (count, K) += grad_y (rows, count)ᵀ · the rows of a block; grad_y's rows lie N apart.
-  void multiply(int64_t block, int64_t rows, int64_t count, const T* grad_y, std::vector<int32_t>& strips,
-                T* grad, bool accumulate) const {
+  void multiply(int64_t block, int64_t rows, int64_t count, const T* grad_y, Scratch& scratch, T* grad,
+                bool accumulate) const {
     const auto& table = kernels::table<T>();
-    if (bf16_) {
-      const int64_t pairs = (rows + 1) / 2, panel = table.bf16_panel;
-      strips.resize(kDepth / 2 * round_up(count, panel));
-      table.bf16_pack(rows, count, grad_y, in_.n, inverse_scale_.data() + block * kDepth, strips.data());
-      table.gemm_bf16(count, in_.k, rows, {strips.data(), 1, panel, panel * pairs},
-                      pairs_.data() + block * kDepth / 2 * width_, /*alpha=*/T(1), grad, in_.k, accumulate);
-    } else {
-      table.gemm(count, in_.k, rows, grad_y, /*a_row=*/1, /*a_col=*/in_.n,
-                 values_.data() + block * kDepth * width_, grad, in_.k, accumulate);
+    auto& [strips, scale] = scratch;
+    switch (gradient_) {
+      case Gradient::kFloat32:
+        table.gemm(count, in_.k, rows, grad_y, /*a_row=*/1, /*a_col=*/in_.n, values_.data() + block * block_,
+                   grad, in_.k, accumulate);
+        break;
+      case Gradient::kBfloat16: {
+        const int64_t pairs = (rows + 1) / 2, panel = table.bf16_panel;
+        strips.resize(kDepth / 2 * round_up(count, panel));
+        table.bf16_pack(rows, count, grad_y, in_.n, inverse_scale_.data() + block * kDepth, strips.data());
+        table.gemm_bf16(count, in_.k, rows, {strips.data(), 1, panel, panel * pairs},
+                        words_.data() + block * block_,
+                        /*alpha=*/T(1), grad, in_.k, accumulate);
+        break;
+      }
+      case Gradient::kInt8:
+        strips.resize(kDepth / 4 * round_up(count, table.int8_panel));
+        scale.resize(count);
+        table.int8_quantize_columns(rows, count, grad_y, in_.n, inverse_scale_.data() + block * kDepth,
+                                    strips.data(), scale.data());
+        table.gemm_int8(count, in_.k, rows, strips.data(), scale.data(), words_.data() + block * block_, grad,
+                        in_.k, accumulate);
     }
   }
 
  private:
-  /// Int8 rows, kept by the forward or quantized again: packed in bfloat16, or as floats in `buffer`.
-  const T* pack_int8(int64_t begin, int64_t end, int64_t block, Quantizing<T>& quantized, T* buffer) {
+  /// Kept by the forward, or quantized again.
+  Int8Rows<T> int8_rows(int64_t begin, int64_t end, Quantizing<T>& quantized) const {
+    if (in_.x.defined()) return quantized(begin, end);
+    return {in_.q.const_data_ptr<int8_t>() + begin * in_.q.size(1),
+            in_.inverse_scale.const_data_ptr<T>() + begin, nullptr};
+  }
+
+  /// `buffer` is for a block of rows as floats.
+  void pack_int8(int64_t rows, int64_t block, const Int8Rows<T>& a, T* buffer) {
     const auto& table = kernels::table<T>();
-    const Int8Rows<T> a = in_.x.defined()
-                              ? quantized(begin, end)
-                              : Int8Rows<T>{in_.q.const_data_ptr<int8_t>() + begin * in_.q.size(1),
-                                            in_.inverse_scale.const_data_ptr<T>() + begin, nullptr};
-    if (!bf16_) {
-      table.dequantize_rows(end - begin, in_.k, a.q, a.inverse_scale, buffer);
-      return buffer;
+    if (gradient_ == Gradient::kFloat32) {
+      table.dequantize_rows(rows, in_.k, a.q, a.inverse_scale, buffer);
+      return pack_float(rows, block, buffer);
     }
-    std::copy_n(a.inverse_scale, end - begin, inverse_scale_.data() + block * kDepth);
-    table.bf16_pack_int8(end - begin, in_.k, a.q, round_up(in_.k, 4),
-                         pairs_.data() + block * kDepth / 2 * width_);
-    return nullptr;
+    std::copy_n(a.inverse_scale, rows, inverse_scale_.data() + block * kDepth);
+    const auto pack = gradient_ == Gradient::kInt8 ? table.int8_pack : table.bf16_pack_int8;
+    pack(rows, in_.k, a.q, round_up(in_.k, 4), words_.data() + block * block_);
+  }
+
+  void pack_float(int64_t rows, int64_t block, const T* a) {
+    const auto& table = kernels::table<T>();
+    if (gradient_ == Gradient::kFloat32) {
+      table.gemm_pack(rows, in_.k, a, /*row_stride=*/in_.k, /*col_stride=*/1,
+                      values_.data() + block * block_);
+    } else {
+      table.bf16_pack(rows, in_.k, a, in_.k, /*factor=*/nullptr, words_.data() + block * block_);
+    }
   }
 
   const Inputs& in_;
-  bool bf16_;
-  int64_t width_, rows_;
-  std::vector<int32_t> pairs_;
+  Gradient gradient_;
+  int64_t block_;  // elements of a packed block
+  std::vector<int32_t> words_;
   std::vector<T> values_, inverse_scale_;
 };
 
@@ -430,10 +514,10 @@ void backward_weight(const Inputs& in, const T* grad_y, T* grad_weight) {
   for_row_blocks(0, in.m, kChunkRows, [&](int64_t first, int64_t last) {
     a.pack(first, last);
     at::parallel_for(0, (in.n + kStrip - 1) / kStrip, 1, [&](int64_t from, int64_t to) {
-      std::vector<int32_t> strips;
+      typename PackedRows<T>::Scratch scratch;
       const int64_t row = from * kStrip, count = std::min(in.n, to * kStrip) - row;
       for_row_blocks(first, last, kDepth, [&](int64_t begin, int64_t end) {
-        a.multiply((begin - first) / kDepth, end - begin, count, grad_y + begin * in.n + row, strips,
+        a.multiply((begin - first) / kDepth, end - begin, count, grad_y + begin * in.n + row, scratch,
                    grad_weight + row * in.k, /*accumulate=*/begin > 0);
       });
     });
@@ -443,9 +527,10 @@ void backward_weight(const Inputs& in, const T* grad_y, T* grad_weight) {
 ThreeTensors backward_cpu(const at::Tensor& grad_y, const OptionalTensor& x, const OptionalTensor& q,
                           const OptionalTensor& inverse_scale, const at::Tensor& weight,
                           const OptionalTensor& norm_scale, std::string_view quantizer,
-                          std::string_view activation, double eps, std::array<bool, 3> output_mask) {
-  auto out =
-      new_gradients(grad_y, x, q, inverse_scale, weight, norm_scale, quantizer, activation, eps, output_mask);
+                          std::string_view activation, double eps, std::string_view gradient,
+                          std::array<bool, 3> output_mask) {
+  auto out = new_gradients(grad_y, x, q, inverse_scale, weight, norm_scale, quantizer, activation, eps,
+                           gradient, output_mask);
   auto& [grad_x, grad_weight, grad_norm_scale] = out;
   if (grad_y.numel() == 0) {
     for (at::Tensor* grad : {&grad_x, &grad_weight, &grad_norm_scale}) {
@@ -461,6 +546,7 @@ ThreeTensors backward_cpu(const at::Tensor& grad_y, const OptionalTensor& x, con
   in.eps = eps;
   in.int8 = parse_activation("bit_linear", activation);
   in.quantizer = parse_quantizer("bit_linear", quantizer);
+  in.gradient = parse_gradient(gradient);
   const at::Tensor g = kernel_input(grad_y, weight);
   const bool needs_x = grad_x.defined() || grad_norm_scale.defined();
   const at::Tensor dx = needs_x ? at::empty({in.m, in.k}, g.options()) : no_grad();
@@ -487,9 +573,10 @@ struct BitLinear : torch::autograd::Function<BitLinear> {
   static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x,
                                                 const at::Tensor& weight, const OptionalTensor& norm_scale,
                                                 const std::string& quantizer, const std::string& activation,
-                                                double eps) {
+                                                double eps, const std::string& gradient) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [y, q, inverse_scale] = flashlm::forward(x, weight, norm_scale, quantizer, activation, eps);
+    auto [y, q, inverse_scale] =
+        flashlm::forward(x, weight, norm_scale, quantizer, activation, eps, gradient);
     ctx->mark_non_differentiable({q, inverse_scale});
     // The int8 rows are a quarter of x, which may then be freed.
     const bool keeps_x = activation != "int8" || norm_scale.has_value();
@@ -499,6 +586,7 @@ struct BitLinear : torch::autograd::Function<BitLinear> {
     ctx->saved_data["quantizer"] = quantizer;
     ctx->saved_data["activation"] = activation;
     ctx->saved_data["eps"] = eps;
+    ctx->saved_data["gradient"] = gradient;
     return {y, q, inverse_scale};
   }
 
@@ -513,14 +601,17 @@ struct BitLinear : torch::autograd::Function<BitLinear> {
     auto [grad_x, grad_weight, grad_norm_scale] = flashlm::backward(
         grads[0], optional(0), optional(1), optional(2), saved[3], optional(4),
         data["quantizer"].toStringView(), data["activation"].toStringView(), data["eps"].toDouble(),
+        data["gradient"].toStringView(),
         {ctx->needs_input_grad(0), ctx->needs_input_grad(1), saved[4].defined() && ctx->needs_input_grad(2)});
-    return {grad_x, grad_weight, grad_norm_scale, no_grad(), no_grad(), no_grad()};
+    return {grad_x, grad_weight, grad_norm_scale, no_grad(), no_grad(), no_grad(), no_grad()};
   }
 };
 
 ThreeTensors forward_autograd(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& norm_scale,
-                              std::string_view quantizer, std::string_view activation, double eps) {
-  auto out = BitLinear::apply(x, weight, norm_scale, std::string(quantizer), std::string(activation), eps);
+                              std::string_view quantizer, std::string_view activation, double eps,
+                              std::string_view gradient) {
+  auto out = BitLinear::apply(x, weight, norm_scale, std::string(quantizer), std::string(activation), eps,
+                              std::string(gradient));
   return {out[0], out[1], out[2]};
 }
 

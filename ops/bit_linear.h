@@ -27,12 +27,19 @@ namespace flashlm {
 /// Differentiable in x, weight and norm_scale, straight through both quantizations: da/dn and
 /// d(gamma · Q)/dweight are taken to be 1.
 ///   dn = gamma · dy · Q,   dweight = dyᵀ · a
-/// bfloat16 tensors are computed in float32. In mode "int8", on CPUs that multiply bfloat16 (AVX512-BF16),
-/// the two products of the backward round dy (dweight: dy / s) to bfloat16; Q and q are exact in it and the
-/// sums are float32. The error of a gradient's element is at most 2^-8 of its sum of magnitudes, 2e-3 of its
-/// size in practice. Elsewhere, and in mode "none", they are float32 throughout. The products with Q in mode
-/// "none", and that of dx where bfloat16 is not multiplied, are made of additions alone, by tables of partial
-/// sums: exact but for the rounding of sums, which comes in the same order on every CPU.
+/// bfloat16 tensors are computed in float32. `gradient` says what these two products multiply, with sums in
+/// float32 or int32; a CPU without such an instruction, and float64, take "float32":
+///   "float32"   dy as it is
+///   "bfloat16"  dy (for dweight, dy / s and a) rounded to bfloat16, which holds Q and q exactly: relative
+///   error
+///               2e-3 of a gradient's RMS. Twice as fast, with AVX512-BF16.
+///   "int8"      only with activation "int8": dy by rows, for dweight dy / s by columns within 256 rows, at a
+///   scale
+///               of its own: 127 / max|.|, to nearest; relative error 4e-3 to 1e-2. Four times as fast, with
+///               VNNI or NEON dot products. That training loses nothing by it is measured in
+///               docs/results/kernels.md.
+/// Products of Q with floats, in mode "none" and for dx in "float32", are made of additions alone, by tables
+/// of partial sums: exact but for the rounding of sums, which come in the same order on every CPU.
 ///
 /// Between forward and backward are kept: q and 1 / s in mode "int8" without a norm (a quarter of x, which
 /// may then be freed); else x, of which n and a are made again.
@@ -45,13 +52,14 @@ namespace flashlm {
 /// An infinity or a NaN is never quantized away: in weight it makes y NaN, in a row of x in mode "int8" it
 /// makes that row NaN.
 ///
-/// Errors: another dtype, weight not 2-D, sizes that do not match, K = 0, an unknown quantizer or activation,
-/// eps < 0, and in mode "int8" K > 16777215: beyond it 128 · K, the largest possible sum, overflows int32.
-/// Schema: flashlm::bit_linear(Tensor x, Tensor weight, Tensor? norm_scale=None, *, str quantizer="absmean",
-///                             str activation="int8", float eps=1e-6) -> Tensor
+/// Errors: another dtype, weight not 2-D, sizes that do not match, K = 0, an unknown quantizer, activation or
+/// gradient, gradient "int8" without activation "int8", eps < 0, and in mode "int8" K > 16777215: beyond it
+/// 128 · K, the largest possible sum, overflows int32. Schema: flashlm::bit_linear(Tensor x, Tensor weight,
+/// Tensor? norm_scale=None, *, str quantizer="absmean",
+///                             str activation="int8", float eps=1e-6, str gradient="float32") -> Tensor
 at::Tensor bit_linear(const at::Tensor& x, const at::Tensor& weight,
                       const std::optional<at::Tensor>& norm_scale = std::nullopt,
                       std::string_view quantizer = "absmean", std::string_view activation = "int8",
-                      double eps = 1e-6);
+                      double eps = 1e-6, std::string_view gradient = "float32");
 
 }  // namespace flashlm

@@ -115,8 +115,8 @@ void product_int8(const Inputs& in, T* y) {
   const auto inverse_scale = uninitialized<T>(in.m);
   const auto row_sum = uninitialized<int32_t>(in.m);
   const auto quantize = [&](int64_t begin, int64_t end, const T* x) {
-    table.quantize_rows(end - begin, in.k, x, q.get() + begin * padded, inverse_scale.get() + begin,
-                        row_sum.get() + begin);
+    table.quantize_rows(end - begin, in.k, x, /*smallest=*/T(1e-5), q.get() + begin * padded,
+                        inverse_scale.get() + begin, row_sum.get() + begin);
   };
   at::parallel_for(0, in.m, row_grain(in.k), [&](int64_t begin, int64_t end) {
     if (!in.norm_scale.defined()) return quantize(begin, end, in.x.const_data_ptr<T>() + begin * in.k);

@@ -26,16 +26,30 @@ std::unique_ptr<uint8_t[]> uninitialized(int64_t bytes) {
 }
 
 template <class T>
+std::unique_ptr<uint8_t[]> pack_codes(int64_t n, int64_t k, const int8_t* codes) {
+  const auto& table = kernels::table<T>();
+  const int64_t panel = table.ternary_panel, padded = round_up(k, 4);
+  auto packed = uninitialized(round_up(n, panel) * padded);
+  for_panels(n, panel, k, [&](int64_t begin, int64_t end) {
+    table.ternary_pack(end - begin, k, codes + begin * k, packed.get() + begin * padded);
+  });
+  return packed;
+}
+
+template <class T>
 std::unique_ptr<uint8_t[]> pack(TernaryLayout layout, int64_t n, int64_t k, const int8_t* codes) {
   const auto& table = kernels::table<T>();
   std::unique_ptr<uint8_t[]> packed;
   switch (layout) {
-    case TernaryLayout::kInt8: {
-      const int64_t panel = table.ternary_panel, padded = round_up(k, 4);
-      packed = uninitialized(round_up(n, panel) * padded);
-      for_panels(n, panel, k, [&](int64_t begin, int64_t end) {
-        table.ternary_pack(end - begin, k, codes + begin * k, packed.get() + begin * padded);
-      });
+    case TernaryLayout::kInt8:
+      packed = pack_codes<T>(n, k, codes);
+      break;
+    case TernaryLayout::kInt8Transposed: {
+      std::vector<int8_t> transposed(n * k);
+      for (int64_t i = 0; i < n; ++i) {
+        for (int64_t j = 0; j < k; ++j) transposed[j * n + i] = codes[i * k + j];
+      }
+      packed = pack_codes<T>(k, n, transposed.data());
       break;
     }
     case TernaryLayout::kSumTable:

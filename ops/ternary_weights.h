@@ -43,6 +43,7 @@ TernaryScale<T> ternary_scale(const at::Tensor& weight, kernels::Quantizer quant
 /// Ways to lay out Q (N, K) for a product over K, or its transpose for a product over N.
 enum class TernaryLayout {
   kInt8,                // for ternary_gemm, over K
+  kInt8Transposed,      // for ternary_gemm, over N
   kSumTable,            // for sum_table_gemm, over K
   kSumTableTransposed,  // for sum_table_gemm, over N
   kBf16Transposed,      // for gemm_bf16, over N

@@ -173,13 +173,14 @@ T abs_max(int64_t n, const T* x) {
 }
 
 template <class T>
-void quantize_rows(int64_t rows, int64_t k, const T* x, int8_t* q, T* inverse_scale, int32_t* row_sum) {
+void quantize_rows(int64_t rows, int64_t k, const T* x, T smallest, int8_t* q, T* inverse_scale,
+                   int32_t* row_sum) {
   const int64_t padded = round_up(k, kGroup);
   for (int64_t r = 0; r < rows; ++r, x += k, q += padded) {
     const T largest = abs_max(k, x);
     int32_t sum = 0;
     if (__builtin_isfinite(largest)) {
-      const T top = largest > T(1e-5) ? largest : T(1e-5);
+      const T top = largest > smallest ? largest : smallest;
       const T scale = T(127) / top;
       // |x| <= top, so the product rounds into [-127, 127] and needs no clipping.
       for (int64_t i = 0; i < k; ++i) {

@@ -21,8 +21,16 @@ constexpr bool kHasDot4 = true;
 constexpr bool kHasDot4 = false;
 #endif
 
+/// Whether dot4 reads the bytes of w as unsigned.
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+constexpr bool kDot4Unsigned = true;
+#else
+constexpr bool kDot4Unsigned = false;
+#endif
+
 /// Per 32-bit lane: sum + w0 a0 + w1 a1 + w2 a2 + w3 a3 over the lane's four bytes, exactly. The bytes of a
-/// are signed. Those of w must be in [0, 127], because x86 reads them as unsigned and ARM as signed.
+/// are signed. Those of w are unsigned if kDot4Unsigned, else signed: in [0, 127], where there is no
+/// difference, unless the caller minds which.
 inline Vec<int32_t> dot4(Vec<int32_t> sum, Vec<int32_t> w, Vec<int32_t> a) {
 #if defined(__AVX512VNNI__)
   return (Vec<int32_t>)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, (__m512i)a);

@@ -42,5 +42,31 @@ inline void dot_tile(int64_t depth, DotRows rows, const void* panels, int64_t pa
   }
 }
 
+template <int64_t kTileRows, int64_t kTilePanels, class Tile>
+void for_rows_of_tiles(int64_t i, int64_t m, int64_t panel, const Tile& tile) {
+  for (; m - i >= kTileRows; i += kTileRows) tile.template operator()<kTileRows, kTilePanels>(i, panel);
+  if constexpr (kTileRows > 1) for_rows_of_tiles<kTileRows / 2, kTilePanels>(i, m, panel, tile);
+}
+
+template <int64_t kTileRows, int64_t kTilePanels, class Tile>
+void for_last_panels(int64_t m, int64_t panel, int64_t panels, const Tile& tile) {
+  if constexpr (kTilePanels > 1) {
+    if (panels - panel < kTilePanels) {
+      return for_last_panels<kTileRows, kTilePanels - 1>(m, panel, panels, tile);
+    }
+  }
+  for_rows_of_tiles<kTileRows, kTilePanels>(0, m, panel, tile);
+}
+
+/// tile.operator()<rows, panels>(first row, first panel) for tiles that cover m rows and some panels: of the
+/// size given and, for what is left, of fewer panels and of half the rows again and again. All rows of a
+/// column of tiles come before the next column.
+template <int64_t kTileRows, int64_t kTilePanels, class Tile>
+void for_dot_tiles(int64_t m, int64_t panels, const Tile& tile) {
+  for (int64_t panel = 0; panel < panels; panel += kTilePanels) {
+    for_last_panels<kTileRows, kTilePanels>(m, panel, panels, tile);
+  }
+}
+
 }  // namespace
 }  // namespace flashlm::kernels

@@ -83,38 +83,6 @@ void pack(int64_t depth, int64_t n, const Source* b, int64_t b_row, const float*
   }
 }
 
-template <int64_t rows, int64_t panels>
-void tile(int64_t depth, DotRows a, const int32_t* packed, int64_t panel_pairs, float alpha, float* c,
-          int64_t c_row, int64_t width, bool accumulate) {
-  Vec<float> sum[rows][panels] = {};
-  dot_tile(depth, a, packed, panel_pairs, sum, [](Vec<float> s, Vec<int32_t> w, Vec<int32_t> v) {
-    return (Vec<float>)_mm512_dpbf16_ps((__m512)s, (__m512bh)w, (__m512bh)v);
-  });
-#pragma GCC unroll 8
-  for (int64_t i = 0; i < rows; ++i) {
-#pragma GCC unroll 4
-    for (int64_t v = 0; v < panels; ++v) {
-      float* to = c + i * c_row + v * kPanel;
-      const int64_t n = width - v * kPanel;
-      const Vec<float> before = accumulate ? load_up_to(to, n) : Vec<float>{};
-      store_up_to<float>(to, before + alpha * sum[i][v], n);
-    }
-  }
-}
-
-template <int64_t panels, int64_t rows = kTileRows>
-void column(int64_t i, int64_t m, int64_t depth, PairRows a, const int32_t* packed, int64_t panel_pairs,
-            float alpha, float* c, int64_t c_row, int64_t width, bool accumulate) {
-  for (; m - i >= rows; i += rows) {
-    const int32_t* first = a.first + i / kPanel * a.strip + i % kPanel * a.row;
-    tile<rows, panels>(depth, {first, a.row, a.column}, packed, panel_pairs, alpha, c + i * c_row, c_row,
-                       width, accumulate);
-  }
-  if constexpr (rows > 1) {
-    column<panels, rows / 2>(i, m, depth, a, packed, panel_pairs, alpha, c, c_row, width, accumulate);
-  }
-}
-
 void gemm(int64_t m, int64_t n, int64_t depth, PairRows a, const int32_t* packed, float alpha, float* c,
           int64_t c_row, bool accumulate) {
   const int64_t pairs = (depth + 1) / 2;
@@ -122,18 +90,25 @@ void gemm(int64_t m, int64_t n, int64_t depth, PairRows a, const int32_t* packed
   for (int64_t p = 0; p < pairs || (p == 0 && !accumulate); p += kDepth) {
     const int64_t block = min_of(kDepth, pairs - p);
     const bool add = accumulate || p > 0;
-    const PairRows rows = {a.first + p * a.column, a.row, a.column, a.strip};
-    for (int64_t j = 0; j < n; j += kTilePanels * kPanel) {
-      const int32_t* panels = packed + j * pairs + p * kPanel;
-      const int64_t width = n - j;
-      if (width > 2 * kPanel) {
-        column<3>(0, m, block, rows, panels, pairs, alpha, c + j, c_row, width, add);
-      } else if (width > kPanel) {
-        column<2>(0, m, block, rows, panels, pairs, alpha, c + j, c_row, width, add);
-      } else {
-        column<1>(0, m, block, rows, panels, pairs, alpha, c + j, c_row, width, add);
-      }
-    }
+    for_dot_tiles<kTileRows, kTilePanels>(
+        m, (n + kPanel - 1) / kPanel, [&]<int64_t rows, int64_t panels>(int64_t i, int64_t panel) {
+          Vec<float> sum[rows][panels] = {};
+          const int32_t* first = a.first + i / kPanel * a.strip + i % kPanel * a.row + p * a.column;
+          dot_tile(block, {first, a.row, a.column}, packed + (panel * pairs + p) * kPanel, pairs, sum,
+                   [](Vec<float> s, Vec<int32_t> w, Vec<int32_t> v) {
+                     return (Vec<float>)_mm512_dpbf16_ps((__m512)s, (__m512bh)w, (__m512bh)v);
+                   });
+#pragma GCC unroll 8
+          for (int64_t r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+            for (int64_t v = 0; v < panels; ++v) {
+              const int64_t column = (panel + v) * kPanel;
+              float* to = c + (i + r) * c_row + column;
+              const Vec<float> before = add ? load_up_to(to, n - column) : Vec<float>{};
+              store_up_to<float>(to, before + alpha * sum[r][v], n - column);
+            }
+          }
+        });
   }
 }
 

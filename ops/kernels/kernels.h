@@ -68,10 +68,11 @@ struct Table {
   /// codes = 1 where w > bound, -1 where w < -bound, else 0.
   void (*ternary_codes)(int64_t n, const T* w, T bound, int8_t* codes);
 
-  /// Rows of x (rows, k) to int8: s = 127 / max(max|x|, 1e-5), q = round(s x), ties to even, in
+  /// Rows of x (rows, k) to int8: s = 127 / max(max|x|, smallest), q = round(s x), ties to even, in
   /// [-127, 127]. q (rows, round_up(k, 4)) is padded with zeros; inverse_scale (rows) = 1 / s; row_sum (rows)
   /// = sum of q. A row with an infinity or a NaN gets q = 0 and inverse_scale = NaN.
-  void (*quantize_rows)(int64_t rows, int64_t k, const T* x, int8_t* q, T* inverse_scale, int32_t* row_sum);
+  void (*quantize_rows)(int64_t rows, int64_t k, const T* x, T smallest, int8_t* q, T* inverse_scale,
+                        int32_t* row_sum);
 
   /// a (rows, k) = q * inverse_scale.
   void (*dequantize_rows)(int64_t rows, int64_t k, const int8_t* q, const T* inverse_scale, T* a);
@@ -148,6 +149,26 @@ struct Table {
   /// C (m, n), C(i, j) = c[i * c_row + j]. `packed` as bf16_pack leaves it.
   void (*gemm_bf16)(int64_t m, int64_t n, int64_t depth, PairRows a, const int32_t* packed, T alpha, T* c,
                     int64_t c_row, bool accumulate);
+
+  // ---- gemm_int8: C = diag(scale) Aᵀ·B, or C += that, int8 operands, int32 sums. Only of Table<float>, and
+  // only where the CPU has dot products of bytes: elsewhere int8_panel is 0, the functions null ----
+
+  /// Columns in one packed panel of B, and of A in one strip.
+  int64_t int8_panel;
+
+  /// B (depth, n), row p at b + p * b_row; depth <= 65,536. `packed` holds (ceil(depth / 4) + 1) *
+  /// round_up(n, int8_panel) elements.
+  void (*int8_pack)(int64_t depth, int64_t n, const int8_t* b, int64_t b_row, int32_t* packed);
+
+  /// A (depth, m), row p at a + p * a_row, times factor[p], each column to int8 at a scale of its own: q =
+  /// round(127 a / max|a|), scale[i] = max|a| / 127, NaN for a column that is not finite. `strips` holds
+  /// ceil(depth / 4) * round_up(m, int8_panel) elements.
+  void (*int8_quantize_columns)(int64_t depth, int64_t m, const T* a, int64_t a_row, const T* factor,
+                                int32_t* strips, T* scale);
+
+  /// C (m, n), C(i, j) = c[i * c_row + j].
+  void (*gemm_int8)(int64_t m, int64_t n, int64_t depth, const int32_t* strips, const T* scale,
+                    const int32_t* packed, T* c, int64_t c_row, bool accumulate);
 
   // ---- rms_norm: y = x * rstd * scale, rstd = 1 / sqrt(mean(x^2) + eps) ----
 

@@ -203,7 +203,7 @@ TEST_CASE("quantize_rows rounds ties to even, pads and sums at every length", "[
           want_sum[r] += static_cast<int32_t>(rounded);
         }
       }
-      t.quantize_rows(rows, k, x.data() + 1, q.data(), inverse.data(), sum.data());
+      t.quantize_rows(rows, k, x.data() + 1, 1e-5f, q.data(), inverse.data(), sum.data());
       INFO("k " << k);
       REQUIRE(q == want);
       REQUIRE(sum == want_sum);
@@ -228,7 +228,7 @@ TEST_CASE("quantize_rows: tiny rows have a bounded scale, broken rows stay broke
         std::vector<int8_t> q(5 * round_up(k, 4), 99);
         std::vector<T> inverse(5);
         std::vector<int32_t> sum(5);
-        t.quantize_rows(5, k, x.data(), q.data(), inverse.data(), sum.data());
+        t.quantize_rows(5, k, x.data(), 1e-5f, q.data(), inverse.data(), sum.data());
         REQUIRE(sum == std::vector<int32_t>{13, -127, 0, 0, 0});
         REQUIRE(q[at] == 13);
         REQUIRE(q[round_up(k, 4) + at] == -127);

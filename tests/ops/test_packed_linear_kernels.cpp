@@ -162,7 +162,7 @@ TEST_CASE("packed_gemm gives ternary_gemm's bits", "[packed_linear]") {
     for (T& value : x) value = (static_cast<T>(generator() % 20001) - T(10000)) / T(3000);
     std::vector<int8_t> q(m * padded);
     std::vector<int32_t> row_sum(m);
-    t.quantize_rows(m, k, x.data(), q.data(), inverse_scale.data(), row_sum.data());
+    t.quantize_rows(m, k, x.data(), 1e-5f, q.data(), inverse_scale.data(), row_sum.data());
     const auto codes = integers(n * k, -1, 1, 5);
     std::vector<uint8_t> packed(packed_size(n, k)), panels(round_up(n, t.ternary_panel) * padded);
     t.packed_pack(n, k, codes.data(), packed.data());

@@ -39,7 +39,7 @@ def int8_rows(x):
     return (x * s).round().clamp(-128, 127) / s
 
 
-def bit_linear(x, weight, norm_scale=None, *, quantizer="absmean", activation="int8", eps=1e-6):
+def bit_linear(x, weight, norm_scale=None, *, quantizer="absmean", activation="int8", eps=1e-6, gradient="float32"):
     if norm_scale is not None:
         x = rms_norm(x, norm_scale, eps)
     if activation == "int8":
@@ -96,7 +96,7 @@ def unpack_ternary(packed, scale, out_features, in_features):
     return scale * (codes.to(scale.dtype) - 1)
 
 
-def packed_linear(x, packed, scale, out_features, norm_scale=None, *, activation="int8", eps=1e-6):
+def packed_linear(x, packed, scale, out_features, norm_scale=None, *, activation="int8", eps=1e-6, gradient="float32"):
     if norm_scale is not None:
         x = rms_norm(x, norm_scale, eps)
     if activation == "int8":

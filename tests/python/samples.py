@@ -36,11 +36,6 @@ class Sample:
     def differentiable(self):
         return self.smooth + self.straight_through
 
-    @property
-    def gradient_rounding(self):
-        """Of the largest element. Layers with int8 activations may round the incoming gradient to bfloat16."""
-        return 4e-3 if self.op == "bit_linear" and not self.smooth else 0
-
     def output_dtype(self, dtype):
         """The inputs' own, but a loss or a weight in bfloat16 would be too coarse."""
         if self.op == "pack_ternary":
@@ -110,6 +105,8 @@ bit_linear("threshold_float", (2, 3), 37, 19, quantizer="threshold", activation=
 bit_linear("threshold_float_norm", (2, 3), 21, 7, norm=True, quantizer="threshold", activation="none")
 bit_linear("threshold_int8", (6,), 65, 33, quantizer="threshold", activation="int8")
 bit_linear("one_row", (), 24, 10)
+bit_linear("gradient_bfloat16", (5,), 24, 10, gradient="bfloat16")
+bit_linear("gradient_int8", (5,), 24, 10, norm=True, gradient="int8")
 bit_linear("no_rows", (0, 3), 16, 8, norm=True)
 
 
@@ -241,6 +238,7 @@ REFUSALS = [
     Refusal("bit_linear", dict(weight=torch.ones(19, 5)), "x's last dimension must be"),
     Refusal("bit_linear", dict(quantizer="ternary"), "quantizer must be"),
     Refusal("bit_linear", dict(activation="int4"), "activation must be"),
+    Refusal("bit_linear", dict(gradient="fp8"), "gradient must be"),
     Refusal("pack_ternary", dict(quantizer="ternary"), "quantizer must be"),
     Refusal("unpack_ternary", dict(in_features=41), "packed's second size, ceil(in_features / 4), must be 11"),
     Refusal("packed_linear", dict(out_features=65), "packed's first size, ceil(out_features / 64), must be 2"),

@@ -95,10 +95,9 @@ def test_equals_reference(sample, dtype, layout):
         got = forward_and_backward(sample.function, inputs, weigh=strided)
     else:
         got = forward_and_backward(sample.function, inputs)
-    outputs = len(got) - len(sample.differentiable)
-    assert_close(got[:outputs], want[:outputs], TOLERANCE[dtype])
-    rounding = sample.gradient_rounding if dtype == torch.float32 else 0
-    assert_close(got[outputs:], want[outputs:], max(TOLERANCE[dtype], rounding))
+    # Where gradients are rounded by request, by no more than this.
+    rounded = inputs.get("gradient", "float32") != "float32" and dtype == torch.float32
+    assert_close(got, want, 2e-2 if rounded else TOLERANCE[dtype])
     assert got[0].dtype == sample.output_dtype(dtype) and got[0].is_contiguous()
     for g, name in zip(reversed(got), reversed([k for k in inputs if k in sample.differentiable])):
         assert g.dtype == dtype, f"gradient of {name}"
