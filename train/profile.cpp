@@ -23,7 +23,7 @@ struct Started : at::ObserverContext {
   uint64_t sequence = at::sequence_number::peek();
 };
 
-/// Callbacks are plain functions: this is how they find their profile.
+/// The profile whose step is being taken: callbacks are plain functions, and find it here.
 thread_local Profile* current = nullptr;
 
 /// What a gradient is added to when it is a parameter's own.
@@ -57,16 +57,12 @@ struct Profile::Callbacks {
 };
 
 Profile::Profile() {
-  current = this;
   handle_ = at::addThreadLocalCallback(
       at::RecordFunctionCallback(Callbacks::start, Callbacks::end)
           .scopes({at::RecordScope::USER_SCOPE, at::RecordScope::BACKWARD_FUNCTION}));
 }
 
-Profile::~Profile() {
-  at::removeCallback(handle_);
-  current = nullptr;
-}
+Profile::~Profile() { at::removeCallback(handle_); }
 
 Profile::Timer::Timer(Profile* profile, const char* part)
     : profile_(profile), part_(part), start_(Clock::now()) {}
@@ -75,10 +71,14 @@ Profile::Timer::~Timer() {
   if (profile_ != nullptr) profile_->part(part_).forward += seconds_since(start_);
 }
 
-void Profile::step(double seconds) {
-  seconds_ += seconds;
-  ++steps_;
-  scopes_.clear();
+Profile::Step::Step(Profile* profile) : profile_(profile), start_(Clock::now()) { current = profile; }
+
+Profile::Step::~Step() {
+  current = nullptr;
+  if (profile_ == nullptr) return;
+  profile_->seconds_ += seconds_since(start_);
+  ++profile_->steps_;
+  profile_->scopes_.clear();
 }
 
 Profile::Part& Profile::part(const std::string& name) {
@@ -97,7 +97,7 @@ std::string Profile::report() const {
   double accounted = 0;
   const auto row = [&](const std::string& name, double forward, double backward) {
     const double to_ms = 1000 / static_cast<double>(steps_);
-    std::snprintf(line, sizeof line, "\n%-14s %12.2f %12.2f %7.1f%%", name.c_str(), forward * to_ms,
+    std::snprintf(line, sizeof line, "\n%-14s %12.3f %12.3f %7.1f%%", name.c_str(), forward * to_ms,
                   backward * to_ms, 100 * (forward + backward) / seconds_);
     text += line;
     accounted += forward + backward;

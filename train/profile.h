@@ -9,10 +9,10 @@
 
 namespace flashlm {
 
-/// While it lives, this thread's training steps are timed by part. The parts of the forward pass are the
-/// model's own: the scopes that it opens with RECORD_USER_SCOPE. A node of the backward pass counts for the
-/// part in whose scope it was made, which its sequence number tells. The trainer names the rest with Timer.
-/// Costs a few clock readings for each scope and node. One at a time on a thread.
+/// Times this thread's training steps by part. The parts of the forward pass are the model's own: the scopes
+/// that it opens with RECORD_USER_SCOPE. A node of the backward pass counts for the part in whose scope it
+/// was made, which its sequence number tells. The trainer names the rest with Timer. Costs a few clock
+/// readings for each scope and node. One at a time on a thread.
 class Profile {
  public:
   Profile();
@@ -20,7 +20,7 @@ class Profile {
   Profile(const Profile&) = delete;
   Profile& operator=(const Profile&) = delete;
 
-  /// Adds the time that it lives to `part`; does nothing with a null profile.
+  /// Adds the time that it lives to `part`; does nothing with a null profile. Not in another Timer or scope.
   class Timer {
    public:
     Timer(Profile* profile, const char* part);
@@ -34,11 +34,22 @@ class Profile {
     std::chrono::steady_clock::time_point start_;
   };
 
-  /// A whole step: what no part accounts for is "other". Timers and scopes may be nested in it, not in each
-  /// other.
-  void step(double seconds);
+  /// A step lasts as long as this lives; does nothing with a null profile. The model's scopes count only in a
+  /// step: evaluating and sampling open them too.
+  class Step {
+   public:
+    explicit Step(Profile* profile);
+    ~Step();
+    Step(const Step&) = delete;
+    Step& operator=(const Step&) = delete;
 
-  /// One line a part: milliseconds a step, forward and backward, and the share of the step.
+   private:
+    Profile* profile_;
+    std::chrono::steady_clock::time_point start_;
+  };
+
+  /// One line a part: milliseconds a step, forward and backward, and the share of the step;
+  /// "other" is what no part accounts for.
   std::string report() const;
 
  private:

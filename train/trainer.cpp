@@ -147,6 +147,7 @@ bool Trainer::run(const volatile std::sig_atomic_t& stop) {
 }
 
 void Trainer::train_step() {
+  const Profile::Step profiled(profile_.get());
   const auto start = std::chrono::steady_clock::now();
   // Steps count from 1 in the schedules, as in v3; a time budget is read at the start of the step.
   Progressed next = done_;
@@ -197,7 +198,6 @@ void Trainer::train_step() {
   }
 
   const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
-  if (profile_) profile_->step(seconds.count());
   const double tokens = static_cast<double>(positions * phase.grad_accum);
   // Smoothed for the eye only: about the last ten steps.
   const auto smooth = [&](double& value, double now) {

@@ -103,8 +103,8 @@ def test_profile_accounts_for_a_step(dataset, tiny_config, tmp_path):
         assert forward >= 0 and share == pytest.approx(100 * (forward + backward) / whole[0], abs=1), name
     for name in ("embedding", "mixer", "glu", "head"):
         assert rows[name][0] > 0 and rows[name][1] > 0, name
+    # Evaluations and samples run the same modules: counted too, they would leave less than nothing for "other".
     assert sum(share for _, _, share in rows.values()) == pytest.approx(100, abs=1)
-    assert rows["other"][2] < 50
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".bin"])
