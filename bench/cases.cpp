@@ -119,19 +119,25 @@ Contestant int_mm(const at::Tensor& x, const at::Tensor& weight) {
           }};
 }
 
+/// `gradient` of the backward's products, if there is a backward.
 Case bit_linear_case(int64_t m, int64_t k, int64_t n, const std::string& activation,
-                     const std::string& quantizer, Pass pass) {
+                     const std::string& quantizer, Pass pass, const std::string& gradient = "float32") {
   const auto make = [=] {
     const bool forward = pass == Pass::kForward;
     const double macs = static_cast<double>(m * k * n) * (forward ? 1 : 3);
-    Contest contest = products(macs, pass, forward && activation == "int8" ? "int8" : "float32");
+    const std::string& peak = forward ? activation : gradient;
+    Contest contest = products(macs, pass,
+                               peak == "int8"       ? "int8"
+                               : peak == "bfloat16" ? "bfloat16"
+                                                    : "float32");
     const at::Tensor x = at::randn({m, k}), weight = at::randn({n, k}),
                      dense = effective_weight(weight, quantizer);
     const at::Tensor grad_y = at::randn({m, n});
     const Expression linear = [](const Tensors& t) { return at::linear(t[0], t[1]); };
     contest.contestants = {evaluate(contest, "FlashLM", {x, weight}, grad_y,
                                     [=](const Tensors& t) {
-                                      return bit_linear(t[0], t[1], std::nullopt, quantizer, activation);
+                                      return bit_linear(t[0], t[1], std::nullopt, quantizer, activation,
+                                                        /*eps=*/1e-6, gradient);
                                     }),
                            evaluate(contest, "torch float32", {x, dense}, grad_y, linear),
                            evaluate(contest, "torch bfloat16", {to_bfloat16(x), to_bfloat16(dense)},
@@ -147,7 +153,8 @@ Case bit_linear_case(int64_t m, int64_t k, int64_t n, const std::string& activat
     }
     return contest;
   };
-  return {"bit_linear " + activation + ", " + pass_name(pass), quantizer + " " + by(m, k, n), make};
+  const std::string in = pass == Pass::kForward || activation == "none" ? "" : " in " + gradient;
+  return {"bit_linear " + activation + ", " + pass_name(pass) + in, quantizer + " " + by(m, k, n), make};
 }
 
 // ---- packed weights ----
@@ -168,29 +175,14 @@ void add_ggml(Contest& contest, const Ggml* ggml, int64_t k,
   }
 }
 
-/// The operator, if this build has it.
-template <class Signature>
-c10::TypedOperatorHandle<Signature> find_operator(const char* name) {
-  const auto found = c10::Dispatcher::singleton().findSchema({name, ""});
-  if (!found) throw Skip(std::string("this build has no operator ") + name);
-  return found->typed<Signature>();
-}
-
 Case packed_linear_case(const Ggml* ggml, int threads, int64_t m, int64_t k, int64_t n) {
   const auto make = [=] {
-    const auto pack = find_operator<std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, c10::string_view)>(
-        "flashlm::pack_ternary");
-    const auto linear =
-        find_operator<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t,
-                                 const std::optional<at::Tensor>&, c10::string_view, double)>(
-            "flashlm::packed_linear");
     Contest contest = products(static_cast<double>(m * k * n), Pass::kForward, "int8");
     const at::Tensor x = at::randn({m, k}), weight = at::randn({n, k}),
                      dense = effective_weight(weight, "absmean");
-    const auto [packed, scale] = pack.call(weight, "absmean");
+    const auto [packed, scale] = pack_ternary(weight);
     contest.contestants = {
-        {"FlashLM", [=, packed = packed,
-                     scale = scale] { return linear.call(x, packed, scale, n, std::nullopt, "int8", kEps); }},
+        {"FlashLM", [=, packed = packed, scale = scale] { return packed_linear(x, packed, scale, n); }},
         {"torch float32", [=] { return at::linear(x, dense); }},
         {"torch bfloat16",
          [x = to_bfloat16(x), dense = to_bfloat16(dense)] { return at::linear(x, dense); }}};
@@ -213,20 +205,14 @@ TernaryKernels byte_kernels() {
   return {"ternary_gemm", table.ternary_pack, table.ternary_gemm};
 }
 
-/// Null where the table has none yet.
-template <class Table = kernels::Table<float>>
 TernaryKernels two_bit_kernels() {
-  if constexpr (requires(const Table& table) { table.packed_gemm; }) {
-    const Table& table = kernels::table<float>();
-    return {"packed_gemm", table.packed_pack, table.packed_gemm};
-  }
-  return {"packed_gemm", nullptr, nullptr};
+  const kernels::Table<float>& table = kernels::table<float>();
+  return {"packed_gemm", table.packed_pack, table.packed_gemm};
 }
 
 /// Kernels alone, quantizing x included: no operator's overhead, no threads.
 Case kernel_case(const Ggml* ggml, const TernaryKernels& ternary, int64_t m, int64_t k, int64_t n) {
   const auto make = [=] {
-    if (ternary.gemm == nullptr) throw Skip(std::string("this build has no kernel ") + ternary.name);
     // Of outputs: 2-bit weights have panels of 64 on every level.
     const int64_t largest_panel = std::max<int64_t>(64, kernels::table<float>().ternary_panel);
     const auto round_up = [](int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; };
@@ -433,7 +419,13 @@ std::vector<Case> cases(const Ggml* ggml, int threads) {
   for (const Pass pass : kPasses) {
     for (const auto& [activation, quantizer] : kModes) {
       for (const auto& [m, k, n] : kBitLinear) {
-        all.push_back(bit_linear_case(m, k, n, activation, quantizer, pass));
+        if (pass == Pass::kForward || std::string(activation) == "none") {
+          all.push_back(bit_linear_case(m, k, n, activation, quantizer, pass));
+          continue;
+        }
+        for (const char* gradient : {"int8", "bfloat16", "float32"}) {
+          all.push_back(bit_linear_case(m, k, n, activation, quantizer, pass, gradient));
+        }
       }
     }
   }

@@ -99,8 +99,9 @@ ThreeTensors new_outputs(const at::Tensor& x, const at::Tensor& weight,
                     " in activation mode 'int8', where sums are int32, got ", in, "; use activation 'none'");
   }
   TORCH_CHECK(eps >= 0, "bit_linear: eps must be >= 0, got ", eps);
-  TORCH_CHECK(int8 || parse_gradient(gradient) != Gradient::kInt8,
-              "bit_linear: gradient 'int8' needs activation 'int8', got '", activation, "'");
+  const bool int8_gradient = parse_gradient(gradient) == Gradient::kInt8;
+  TORCH_CHECK(int8 || !int8_gradient, "bit_linear: gradient 'int8' needs activation 'int8', got '",
+              activation, "'");
   auto shape = x.sym_sizes().vec();
   shape.back() = weight.sym_size(0);
   const at::Tensor y = x.new_empty_symint(shape);
@@ -158,13 +159,13 @@ class NormedRows {
     const T* x = in_.x.const_data_ptr<T>() + begin * in_.k;
     if (!in_.norm_scale.defined()) return x;
     kernels::table<T>().rms_norm(end - begin, in_.k, x, in_.norm_scale.const_data_ptr<T>(),
-                                 static_cast<T>(in_.eps), buffer_.data());
-    return buffer_.data();
+                                 static_cast<T>(in_.eps), buffer_.data);
+    return buffer_.data;
   }
 
  private:
   const Inputs& in_;
-  std::vector<T> buffer_;
+  Scratch<T> buffer_;
 };
 
 /// Rows in int8: q, each row's inverse_scale, each row's sum of q.
@@ -188,19 +189,19 @@ class Quantizing {
 
   Int8Rows<T> operator()(int64_t begin, int64_t end) {
     const bool kept = in_.q.defined();
-    int8_t* q = kept ? in_.q.mutable_data_ptr<int8_t>() + begin * in_.q.size(1) : q_.data();
-    T* inverse_scale = kept ? in_.inverse_scale.mutable_data_ptr<T>() + begin : inverse_scale_.data();
+    int8_t* q = kept ? in_.q.mutable_data_ptr<int8_t>() + begin * in_.q.size(1) : q_.data;
+    T* inverse_scale = kept ? in_.inverse_scale.mutable_data_ptr<T>() + begin : inverse_scale_.data;
     kernels::table<T>().quantize_rows(end - begin, in_.k, rows_(begin, end), kSmallestActivation, q,
-                                      inverse_scale, row_sum_.data());
-    return {q, inverse_scale, row_sum_.data()};
+                                      inverse_scale, row_sum_.data);
+    return {q, inverse_scale, row_sum_.data};
   }
 
  private:
   const Inputs& in_;
   NormedRows<T> rows_;
-  std::vector<int8_t> q_;
-  std::vector<T> inverse_scale_;
-  std::vector<int32_t> row_sum_;
+  Scratch<int8_t> q_;
+  Scratch<T> inverse_scale_;
+  Scratch<int32_t> row_sum_;
 };
 
 // ---- forward ----
@@ -228,19 +229,18 @@ class SumTableProduct {
         depth_(depth),
         packed_(static_cast<const uint8_t*>(packed)),
         gamma_(gamma),
-        workspace_(std::make_unique_for_overwrite<char[]>(
-            static_cast<size_t>(kernels::table<T>().sum_table_workspace_size(outputs, depth)))) {}
+        workspace_(kernels::table<T>().sum_table_workspace_size(outputs, depth)) {}
 
   void operator()(int64_t rows, const T* x, T* y) {
     kernels::table<T>().sum_table_gemm(rows, outputs_, depth_, x, depth_, packed_, gamma_, y, outputs_,
-                                       workspace_.get());
+                                       workspace_.data);
   }
 
  private:
   int64_t outputs_, depth_;
   const uint8_t* packed_;
   T gamma_;
-  std::unique_ptr<char[]> workspace_;
+  Scratch<uint8_t> workspace_;
 };
 
 template <class T>
@@ -346,14 +346,14 @@ class ProductWithWeights {
         (*sums_)(rows, grad_y, grad_n);
         break;
       case Gradient::kBfloat16:
-        table.bf16_pack_rows(rows, in_.n, grad_y, in_.n, pairs_.data());
-        table.gemm_bf16(rows, in_.k, in_.n, {pairs_.data(), pairs(), 1, table.bf16_panel * pairs()},
+        table.bf16_pack_rows(rows, in_.n, grad_y, in_.n, pairs_.data);
+        table.gemm_bf16(rows, in_.k, in_.n, {pairs_.data, pairs(), 1, table.bf16_panel * pairs()},
                         static_cast<const int32_t*>(packed_), gamma_, grad_n, in_.k, /*accumulate=*/false);
         break;
       case Gradient::kInt8:
-        table.quantize_rows(rows, in_.n, grad_y, kSmallestGradient, q_.data(), inverse_scale_.data(),
-                            row_sum_.data());
-        table.ternary_gemm(rows, in_.k, in_.n, q_.data(), row_sum_.data(), inverse_scale_.data(),
+        table.quantize_rows(rows, in_.n, grad_y, kSmallestGradient, q_.data, inverse_scale_.data,
+                            row_sum_.data);
+        table.ternary_gemm(rows, in_.k, in_.n, q_.data, row_sum_.data, inverse_scale_.data,
                            static_cast<const uint8_t*>(packed_), gamma_, grad_n, in_.k);
     }
   }
@@ -366,9 +366,9 @@ class ProductWithWeights {
   const void* packed_;
   T gamma_;
   std::optional<SumTableProduct<T>> sums_;
-  std::vector<int32_t> pairs_, row_sum_;
-  std::vector<int8_t> q_;
-  std::vector<T> inverse_scale_;
+  Scratch<int32_t> pairs_, row_sum_;
+  Scratch<int8_t> q_;
+  Scratch<T> inverse_scale_;
 };
 
 /// grad_x, and through the norm if there is one.
@@ -387,11 +387,11 @@ void backward_x(const Inputs& in, const at::Tensor& weight, const T* grad_y, T* 
   }
   sum_over_rows(in.m, in.k, grad_norm_scale, [&](int64_t first, int64_t last, T* partial) {
     ProductWithWeights<T> product(in, packed, weights->gamma());
-    std::vector<T> grad_n(kRowBlock * in.k);
+    Scratch<T> grad_n(kRowBlock * in.k);
     for_row_blocks(first, last, kRowBlock, [&](int64_t begin, int64_t end) {
-      product(end - begin, grad_y + begin * in.n, grad_n.data());
+      product(end - begin, grad_y + begin * in.n, grad_n.data);
       kernels::table<T>().rms_norm_backward(
-          end - begin, in.k, grad_n.data(), in.x.const_data_ptr<T>() + begin * in.k,
+          end - begin, in.k, grad_n.data, in.x.const_data_ptr<T>() + begin * in.k,
           in.norm_scale.const_data_ptr<T>(), static_cast<T>(in.eps), grad_x + begin * in.k, partial);
     });
   });
@@ -413,7 +413,8 @@ class PackedRows {
                                             : kDepth / 2 * round_up(in.k, table.bf16_panel);
       words_.resize(blocks * block_);
       // Without int8 rows there is nothing to make good at grad_y.
-      inverse_scale_.assign(blocks * kDepth, T(1));
+      inverse_scale_.resize(blocks * kDepth);
+      std::fill_n(inverse_scale_.data, blocks * kDepth, T(1));
     }
   }
 
@@ -422,11 +423,11 @@ class PackedRows {
     at::parallel_for(0, (last - first + kDepth - 1) / kDepth, 1, [&](int64_t from, int64_t to) {
       NormedRows<T> normed(in_, kDepth);
       Quantizing<T> quantized(in_, kDepth);
-      std::vector<T> buffer(in_.int8 && gradient_ == Gradient::kFloat32 ? kDepth * in_.k : 0);
+      Scratch<T> buffer(in_.int8 && gradient_ == Gradient::kFloat32 ? kDepth * in_.k : 0);
       for (int64_t block = from; block < to; ++block) {
         const int64_t begin = first + block * kDepth, end = std::min(last, begin + kDepth);
         if (in_.int8) {
-          pack_int8(end - begin, block, int8_rows(begin, end, quantized), buffer.data());
+          pack_int8(end - begin, block, int8_rows(begin, end, quantized), buffer.data);
         } else {
           pack_float(end - begin, block, normed(begin, end));
         }
@@ -434,37 +435,37 @@ class PackedRows {
     });
   }
 
-  /// Packed grad_y, for one thread.
-  struct Scratch {
-    std::vector<int32_t> strips;
-    std::vector<T> scale;
+  /// Memory for grad_y, one thread's.
+  struct PackedGradient {
+    Scratch<int32_t> strips;
+    Scratch<T> scale;
   };
 
   /// grad (count, K) += grad_y (rows, count)ᵀ · the rows of a block; grad_y's rows lie N apart.
-  void multiply(int64_t block, int64_t rows, int64_t count, const T* grad_y, Scratch& scratch, T* grad,
+  void multiply(int64_t block, int64_t rows, int64_t count, const T* grad_y, PackedGradient& packed, T* grad,
                 bool accumulate) const {
     const auto& table = kernels::table<T>();
-    auto& [strips, scale] = scratch;
+    auto& [strips, scale] = packed;
     switch (gradient_) {
       case Gradient::kFloat32:
-        table.gemm(count, in_.k, rows, grad_y, /*a_row=*/1, /*a_col=*/in_.n, values_.data() + block * block_,
+        table.gemm(count, in_.k, rows, grad_y, /*a_row=*/1, /*a_col=*/in_.n, values_.data + block * block_,
                    grad, in_.k, accumulate);
         break;
       case Gradient::kBfloat16: {
         const int64_t pairs = (rows + 1) / 2, panel = table.bf16_panel;
         strips.resize(kDepth / 2 * round_up(count, panel));
-        table.bf16_pack(rows, count, grad_y, in_.n, inverse_scale_.data() + block * kDepth, strips.data());
-        table.gemm_bf16(count, in_.k, rows, {strips.data(), 1, panel, panel * pairs},
-                        words_.data() + block * block_,
+        table.bf16_pack(rows, count, grad_y, in_.n, inverse_scale_.data + block * kDepth, strips.data);
+        table.gemm_bf16(count, in_.k, rows, {strips.data, 1, panel, panel * pairs},
+                        words_.data + block * block_,
                         /*alpha=*/T(1), grad, in_.k, accumulate);
         break;
       }
       case Gradient::kInt8:
         strips.resize(kDepth / 4 * round_up(count, table.int8_panel));
         scale.resize(count);
-        table.int8_quantize_columns(rows, count, grad_y, in_.n, inverse_scale_.data() + block * kDepth,
-                                    strips.data(), scale.data());
-        table.gemm_int8(count, in_.k, rows, strips.data(), scale.data(), words_.data() + block * block_, grad,
+        table.int8_quantize_columns(rows, count, grad_y, in_.n, inverse_scale_.data + block * kDepth,
+                                    strips.data, scale.data);
+        table.gemm_int8(count, in_.k, rows, strips.data, scale.data, words_.data + block * block_, grad,
                         in_.k, accumulate);
     }
   }
@@ -484,26 +485,25 @@ class PackedRows {
       table.dequantize_rows(rows, in_.k, a.q, a.inverse_scale, buffer);
       return pack_float(rows, block, buffer);
     }
-    std::copy_n(a.inverse_scale, rows, inverse_scale_.data() + block * kDepth);
+    std::copy_n(a.inverse_scale, rows, inverse_scale_.data + block * kDepth);
     const auto pack = gradient_ == Gradient::kInt8 ? table.int8_pack : table.bf16_pack_int8;
-    pack(rows, in_.k, a.q, round_up(in_.k, 4), words_.data() + block * block_);
+    pack(rows, in_.k, a.q, round_up(in_.k, 4), words_.data + block * block_);
   }
 
   void pack_float(int64_t rows, int64_t block, const T* a) {
     const auto& table = kernels::table<T>();
     if (gradient_ == Gradient::kFloat32) {
-      table.gemm_pack(rows, in_.k, a, /*row_stride=*/in_.k, /*col_stride=*/1,
-                      values_.data() + block * block_);
+      table.gemm_pack(rows, in_.k, a, /*row_stride=*/in_.k, /*col_stride=*/1, values_.data + block * block_);
     } else {
-      table.bf16_pack(rows, in_.k, a, in_.k, /*factor=*/nullptr, words_.data() + block * block_);
+      table.bf16_pack(rows, in_.k, a, in_.k, /*factor=*/nullptr, words_.data + block * block_);
     }
   }
 
   const Inputs& in_;
   Gradient gradient_;
   int64_t block_;  // elements of a packed block
-  std::vector<int32_t> words_;
-  std::vector<T> values_, inverse_scale_;
+  Scratch<int32_t> words_;
+  Scratch<T> values_, inverse_scale_;
 };
 
 /// grad_weight = grad_yᵀ · a. Threads share the rows of grad_weight: no sum is split between them.
@@ -514,10 +514,10 @@ void backward_weight(const Inputs& in, const T* grad_y, T* grad_weight) {
   for_row_blocks(0, in.m, kChunkRows, [&](int64_t first, int64_t last) {
     a.pack(first, last);
     at::parallel_for(0, (in.n + kStrip - 1) / kStrip, 1, [&](int64_t from, int64_t to) {
-      typename PackedRows<T>::Scratch scratch;
+      typename PackedRows<T>::PackedGradient packed;
       const int64_t row = from * kStrip, count = std::min(in.n, to * kStrip) - row;
       for_row_blocks(first, last, kDepth, [&](int64_t begin, int64_t end) {
-        a.multiply((begin - first) / kDepth, end - begin, count, grad_y + begin * in.n + row, scratch,
+        a.multiply((begin - first) / kDepth, end - begin, count, grad_y + begin * in.n + row, packed,
                    grad_weight + row * in.k, /*accumulate=*/begin > 0);
       });
     });

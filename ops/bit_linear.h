@@ -35,9 +35,9 @@ namespace flashlm {
 ///               2e-3 of a gradient's RMS. Twice as fast, with AVX512-BF16.
 ///   "int8"      only with activation "int8": dy by rows, for dweight dy / s by columns within 256 rows, at a
 ///   scale
-///               of its own: 127 / max|.|, to nearest; relative error 4e-3 to 1e-2. Four times as fast, with
-///               VNNI or NEON dot products. That training loses nothing by it is measured in
-///               docs/results/kernels.md.
+///               of its own: 127 / max|.|, to nearest; relative error 4e-3, 2e-2 where rows' sizes spread
+///               e-fold. Four times as fast, with VNNI or NEON dot products. That training loses nothing by
+///               it is measured in docs/results/kernels.md.
 /// Products of Q with floats, in mode "none" and for dx in "float32", are made of additions alone, by tables
 /// of partial sums: exact but for the rounding of sums, which come in the same order on every CPU.
 ///

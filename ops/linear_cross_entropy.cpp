@@ -214,15 +214,6 @@ struct Problem {
   Tensor bias;                              // (V), or undefined
 };
 
-/// Uninitialised memory for a kernel, aligned for it.
-template <class T>
-struct Scratch {
-  explicit Scratch(int64_t n)
-      : memory(at::empty({n}, c10::CppTypeToScalarType<T>::value)), data(memory.mutable_data_ptr<T>()) {}
-  Tensor memory;
-  T* data;
-};
-
 template <class T>
 int64_t packed_width(int64_t n) {
   const int64_t panel = kernels::table<T>().gemm_panel;

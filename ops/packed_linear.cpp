@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "ops/packed_linear.h"
 
-#include <memory>
-
 #include "ops/ternary_weights.h"
 
 namespace flashlm {
@@ -82,12 +80,6 @@ struct Inputs {
   }
 };
 
-/// Memory that is not cleared first.
-template <class T>
-std::unique_ptr<T[]> uninitialized(int64_t n) {
-  return std::make_unique_for_overwrite<T[]>(static_cast<size_t>(n));
-}
-
 /// body(row, last_row, output, last_output) for the blocks of an (m, n) product over k, in parallel: by
 /// panels of outputs, which share nothing, and where these are few by rows too. A task worth a thread is
 /// about 20 µs.
@@ -111,24 +103,24 @@ template <class T>
 void product_int8(const Inputs& in, T* y) {
   const auto& table = kernels::table<T>();
   const int64_t padded = in.packed.size(1) * 4;
-  const auto q = uninitialized<int8_t>(in.m * padded);
-  const auto inverse_scale = uninitialized<T>(in.m);
-  const auto row_sum = uninitialized<int32_t>(in.m);
+  const Scratch<int8_t> q(in.m * padded);
+  const Scratch<T> inverse_scale(in.m);
+  const Scratch<int32_t> row_sum(in.m);
   const auto quantize = [&](int64_t begin, int64_t end, const T* x) {
-    table.quantize_rows(end - begin, in.k, x, /*smallest=*/T(1e-5), q.get() + begin * padded,
-                        inverse_scale.get() + begin, row_sum.get() + begin);
+    table.quantize_rows(end - begin, in.k, x, /*smallest=*/T(1e-5), q.data + begin * padded,
+                        inverse_scale.data + begin, row_sum.data + begin);
   };
   at::parallel_for(0, in.m, row_grain(in.k), [&](int64_t begin, int64_t end) {
     if (!in.norm_scale.defined()) return quantize(begin, end, in.x.const_data_ptr<T>() + begin * in.k);
-    const auto normed = uninitialized<T>(in.k);
+    const Scratch<T> normed(in.k);
     for (int64_t row = begin; row < end; ++row) {
-      in.norm(row, row + 1, normed.get());
-      quantize(row, row + 1, normed.get());
+      in.norm(row, row + 1, normed.data);
+      quantize(row, row + 1, normed.data);
     }
   });
   for_blocks(in, [&](int64_t row, int64_t last_row, int64_t output, int64_t last_output) {
-    table.packed_gemm(last_row - row, last_output - output, in.k, q.get() + row * padded, row_sum.get() + row,
-                      inverse_scale.get() + row, in.panels(output), *in.scale.const_data_ptr<T>(),
+    table.packed_gemm(last_row - row, last_output - output, in.k, q.data + row * padded, row_sum.data + row,
+                      inverse_scale.data + row, in.panels(output), *in.scale.const_data_ptr<T>(),
                       y + row * in.n + output, in.n);
   });
 }
@@ -137,21 +129,21 @@ template <class T>
 void product_float(const Inputs& in, T* y) {
   const auto& table = kernels::table<T>();
   const T* a = in.x.const_data_ptr<T>();
-  std::unique_ptr<T[]> normed;
+  Scratch<T> normed;
   if (in.norm_scale.defined()) {
-    normed = uninitialized<T>(in.m * in.k);
-    a = normed.get();
+    normed.resize(in.m * in.k);
+    a = normed.data;
     at::parallel_for(0, in.m, row_grain(in.k),
-                     [&](int64_t begin, int64_t end) { in.norm(begin, end, normed.get() + begin * in.k); });
+                     [&](int64_t begin, int64_t end) { in.norm(begin, end, normed.data + begin * in.k); });
   }
   for_blocks(in, [&](int64_t row, int64_t last_row, int64_t output, int64_t last_output) {
     const int64_t width = (kPackedOutputs + table.gemm_panel - 1) / table.gemm_panel * table.gemm_panel;
-    const auto weight = uninitialized<T>(kPackedOutputs * in.k), b = uninitialized<T>(width * in.k);
+    const Scratch<T> weight(kPackedOutputs * in.k), b(width * in.k);
     for (; output < last_output; output += kPackedOutputs) {
       const int64_t outputs = std::min(kPackedOutputs, last_output - output);
-      table.packed_unpack(outputs, in.k, in.panels(output), *in.scale.const_data_ptr<T>(), weight.get());
-      table.gemm_pack(in.k, outputs, weight.get(), /*row_stride=*/1, /*col_stride=*/in.k, b.get());
-      table.gemm(last_row - row, outputs, in.k, a + row * in.k, /*a_row=*/in.k, /*a_col=*/1, b.get(),
+      table.packed_unpack(outputs, in.k, in.panels(output), *in.scale.const_data_ptr<T>(), weight.data);
+      table.gemm_pack(in.k, outputs, weight.data, /*row_stride=*/1, /*col_stride=*/in.k, b.data);
+      table.gemm(last_row - row, outputs, in.k, a + row * in.k, /*a_row=*/in.k, /*a_col=*/1, b.data,
                  y + row * in.n + output, in.n, /*accumulate=*/false);
     }
   });

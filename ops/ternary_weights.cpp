@@ -21,25 +21,21 @@ void for_panels(int64_t width, int64_t panel, int64_t depth, const Body& body) {
                    });
 }
 
-std::unique_ptr<uint8_t[]> uninitialized(int64_t bytes) {
-  return std::make_unique_for_overwrite<uint8_t[]>(static_cast<size_t>(bytes));
-}
-
 template <class T>
-std::unique_ptr<uint8_t[]> pack_codes(int64_t n, int64_t k, const int8_t* codes) {
+Scratch<uint8_t> pack_codes(int64_t n, int64_t k, const int8_t* codes) {
   const auto& table = kernels::table<T>();
   const int64_t panel = table.ternary_panel, padded = round_up(k, 4);
-  auto packed = uninitialized(round_up(n, panel) * padded);
+  Scratch<uint8_t> packed(round_up(n, panel) * padded);
   for_panels(n, panel, k, [&](int64_t begin, int64_t end) {
-    table.ternary_pack(end - begin, k, codes + begin * k, packed.get() + begin * padded);
+    table.ternary_pack(end - begin, k, codes + begin * k, packed.data + begin * padded);
   });
   return packed;
 }
 
 template <class T>
-std::unique_ptr<uint8_t[]> pack(TernaryLayout layout, int64_t n, int64_t k, const int8_t* codes) {
+Scratch<uint8_t> pack(TernaryLayout layout, int64_t n, int64_t k, const int8_t* codes) {
   const auto& table = kernels::table<T>();
-  std::unique_ptr<uint8_t[]> packed;
+  Scratch<uint8_t> packed;
   switch (layout) {
     case TernaryLayout::kInt8:
       packed = pack_codes<T>(n, k, codes);
@@ -53,19 +49,19 @@ std::unique_ptr<uint8_t[]> pack(TernaryLayout layout, int64_t n, int64_t k, cons
       break;
     }
     case TernaryLayout::kSumTable:
-      packed = uninitialized(table.sum_table_packed_size(n, k));
-      table.sum_table_pack(n, k, codes, /*row_stride=*/k, /*col_stride=*/1, packed.get());
+      packed.resize(table.sum_table_packed_size(n, k));
+      table.sum_table_pack(n, k, codes, /*row_stride=*/k, /*col_stride=*/1, packed.data);
       break;
     case TernaryLayout::kSumTableTransposed:
-      packed = uninitialized(table.sum_table_packed_size(k, n));
-      table.sum_table_pack(k, n, codes, /*row_stride=*/1, /*col_stride=*/k, packed.get());
+      packed.resize(table.sum_table_packed_size(k, n));
+      table.sum_table_pack(k, n, codes, /*row_stride=*/1, /*col_stride=*/k, packed.data);
       break;
     case TernaryLayout::kBf16Transposed: {
       const int64_t panel = table.bf16_panel, pairs = (n + 1) / 2;
-      packed = uninitialized(pairs * round_up(k, panel) * static_cast<int64_t>(sizeof(int32_t)));
+      packed.resize(pairs * round_up(k, panel) * static_cast<int64_t>(sizeof(int32_t)));
       for_panels(k, panel, n, [&](int64_t begin, int64_t end) {
         table.bf16_pack_int8(n, end - begin, codes + begin, k,
-                             reinterpret_cast<int32_t*>(packed.get()) + begin * pairs);
+                             reinterpret_cast<int32_t*>(packed.data) + begin * pairs);
       });
       break;
     }
@@ -142,7 +138,7 @@ template <class T>
 const void* TernaryWeights<T>::packed(TernaryLayout layout, const at::Tensor& weight) {
   const std::lock_guard lock(mutex_);
   auto& packed = layouts_[static_cast<size_t>(layout)];
-  if (packed == nullptr) {
+  if (packed.data == nullptr) {
     const at::Tensor w = kernel_input(weight, weight);
     const int64_t n = w.size(0), k = w.size(1);
     std::vector<int8_t> codes(n * k);
@@ -152,7 +148,7 @@ const void* TernaryWeights<T>::packed(TernaryLayout layout, const at::Tensor& we
     });
     packed = pack<T>(layout, n, k, codes.data());
   }
-  return packed.get();
+  return packed.data;
 }
 
 template <class T>

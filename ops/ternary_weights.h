@@ -65,7 +65,7 @@ class TernaryWeights {
  private:
   TernaryScale<T> scale_;
   std::mutex mutex_;
-  std::array<std::unique_ptr<uint8_t[]>, static_cast<size_t>(TernaryLayout::kCount)> layouts_;
+  std::array<Scratch<uint8_t>, static_cast<size_t>(TernaryLayout::kCount)> layouts_;
 };
 
 /// Those of weight (N, K), kept from the last call if nothing has changed since: the same storage, place and

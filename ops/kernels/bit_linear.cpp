@@ -240,7 +240,11 @@ void tile(const Operands<T>& o, int64_t width) {
 #pragma GCC unroll 16
   for (int64_t i = 0; i < rows; ++i) {
 #pragma GCC unroll 8
-    for (int64_t c = 0; c < panels; ++c) sum[i][c] = broadcast<int32_t>(-o.row_sum[i]);
+    for (int64_t c = 0; c < panels; ++c) {
+      sum[i][c] = broadcast<int32_t>(-o.row_sum[i]);
+      // The lines of y come while the sums are made, instead of holding up the stores at the end.
+      __builtin_prefetch(o.y + i * o.y_row + c * kOutputs, /*for writing*/ 1);
+    }
   }
   const int64_t groups = o.padded / kGroup;
   if constexpr (kHasDot4) {

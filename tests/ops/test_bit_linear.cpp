@@ -153,9 +153,6 @@ TEST_CASE("bit_linear gradients equal autograd's, straight through the quantizer
   const auto [shape, n] =
       GENERATE(table<Shape, int64_t>({{{6}, 3}, {{3, 17}, 65}, {{2, 150, 65}, 30}, {{683, 8}, 40}}));
   INFO(mode << ", x " << at::IntArrayRef(shape) << ", out " << n);
-  // In mode "int8" grad_y is rounded to bfloat16 where the CPU multiplies that; the next test is the exact
-  // one.
-  const bool rounds = mode.activation == "int8" && kernels::table<float>().bf16_panel > 0;
   for (auto [dtype, tolerance] : {std::pair(at::kDouble, 1e-12), std::pair(at::kFloat, 3e-6)}) {
     // In float32 a tie in the normed activations may fall either way: double covers that mode.
     if (dtype == at::kFloat && mode.norm && mode.activation == "int8") continue;
@@ -186,7 +183,7 @@ TEST_CASE("bit_linear's other gradients are float32's where they lose nothing", 
   using at::indexing::Slice;
   const at::Tensor x = dyadic({m, k}).mul(63.5).round().index_put_({Slice(), 0}, 127);
   const at::Tensor weight = randn({n, k}, at::kFloat, 1);
-  const at::Tensor grad_y = dyadic({m, n}, at::kFloat, 2).mul(8).index_put_({Slice(), 0}, 127);
+  at::Tensor grad_y = dyadic({m, n}, at::kFloat, 2).mul(8).index_put_({Slice(), 0}, 127);
   grad_y.index_put_({Slice(0, m, 256)}, 127);
   for (const bool norm : {false, true}) {
     OptionalTensor norm_scale;
@@ -205,7 +202,7 @@ TEST_CASE("bit_linear's other gradients are float32's where they lose nothing", 
 
 TEST_CASE("bit_linear's other gradients are near float32's", "[bit_linear]") {
   const auto [gradient, rms_error] =
-      GENERATE(table<std::string, double>({{"bfloat16", 3e-3}, {"int8", 1e-2}}));
+      GENERATE(table<std::string, double>({{"bfloat16", 3e-3}, {"int8", 3e-2}}));
   const at::Tensor grad_y =
       randn({1000, 70}, at::kFloat, 2).mul_(randn({1000, 1}, at::kFloat, 3).exp()).mul_(1e-9);
   const auto grads = [&](std::string_view arithmetic) {
@@ -275,7 +272,17 @@ TEST_CASE("bit_linear never multiplies by weights of the past", "[bit_linear]") 
       INFO("weight changed by " << how);
       const at::Tensor copy = weight.detach().clone();
       require_equal(run(mode, {x, weight}).detach(), run(mode, {x, copy}));
-      XX
+      // The backward's layouts too.
+      for (const char* gradient : {"float32", "bfloat16", "int8"}) {
+        if (std::string(gradient) == "int8" && mode.activation == "none") continue;
+        const auto grad = [&](const at::Tensor& w) {
+          const at::Tensor a = x.clone().requires_grad_();
+          const at::Tensor y =
+              bit_linear(a, w, std::nullopt, mode.quantizer, mode.activation, 1e-6, gradient);
+          return torch::autograd::grad({y.sum()}, {a})[0];
+        };
+        require_equal(grad(weight), grad(copy));
+      }
     };
     require_fresh("nothing");
     weight.detach().neg_();

@@ -29,7 +29,8 @@ def test_json(measured):
     found = [(case["group"], case["threads"]) for case in report["cases"]]
     assert sorted(found) == sorted(
         [(group, threads) for threads in (1, 2)
-         for group in ("bit_linear int8, forward", "bit_linear int8, forward + backward", "rms_norm, forward")]
+         for group in ["bit_linear int8, forward", "rms_norm, forward"]
+         + [f"bit_linear int8, forward + backward in {g}" for g in ("int8", "bfloat16", "float32")]]
         + [("ternary_gemm kernel with quantize_rows", 1)])
     for case in report["cases"]:
         ours, *peers = case["contestants"]
