@@ -29,33 +29,34 @@ namespace flashlm {
 ///   dn = gamma · dy · Q,   dweight = dyᵀ · a
 /// bfloat16 tensors are computed in float32. `gradient` says what these two products multiply, with sums in
 /// float32 or int32; a CPU without such an instruction, and float64, take "float32":
+///
 ///   "float32"   dy as it is
-///   "bfloat16"  dy (for dweight, dy / s and a) rounded to bfloat16, which holds Q and q exactly: relative
-///   error
-///               2e-3 of a gradient's RMS. Twice as fast, with AVX512-BF16.
-///   "int8"      only with activation "int8": dy by rows, for dweight dy / s by columns within 256 rows, at a
-///   scale
-///               of its own: 127 / max|.|, to nearest; relative error 4e-3, 2e-2 where rows' sizes spread
-///               e-fold. Four times as fast, with VNNI or NEON dot products. That training loses nothing by
-///               it is measured in docs/results/kernels.md.
-/// Products of Q with floats, in mode "none" and for dx in "float32", are made of additions alone, by tables
-/// of partial sums: exact but for the rounding of sums, which come in the same order on every CPU.
+///   "bfloat16"  dy rounded to bfloat16 (for dweight dy / s, and a in mode "none"); Q and q are exact. The
+///               error of a gradient is 2e-3 of its norm. With AVX512-BF16.
+///   "int8"      dy by rows, and for dweight dy / s by columns within 256 rows, each at a scale of its own,
+///               127 / max|.|. The error is 4e-3 of the norm, 2e-2 where rows' sizes spread e-fold. With VNNI
+///               or NEON dot products, and in mode "int8" only.
+///
+/// Speeds, and what training loses by each (nothing so far), are in docs/results/kernels.md.
+/// Products of Q with floats, in mode "none" and for dn in "float32", are made of additions alone, by tables
+/// of partial sums: exact but for the rounding of sums, whose order is the same on every CPU.
 ///
 /// Between forward and backward are kept: q and 1 / s in mode "int8" without a norm (a quarter of x, which
 /// may then be freed); else x, of which n and a are made again.
 ///
 /// Q is packed for the kernels once for as long as weight keeps its values: an optimizer step, however many
-/// calls that is. The packed forms take 1 byte a weight, 3 once it is trained (mode "none": 4 and 8), and go
-/// with the weight's memory. A weight that is changed behind autograd's back (through .data or a pointer) is
-/// noticed.
+/// calls that is. The packed forms take up to 3 bytes a weight, and go with its memory. A weight that is
+/// changed behind autograd's back (through .data or a pointer) is noticed.
 ///
 /// An infinity or a NaN is never quantized away: in weight it makes y NaN, in a row of x in mode "int8" it
-/// makes that row NaN.
+/// makes that row NaN, and in mode "none" those of the row's results whose Q is not 0 there. A column of dy
+/// that is not finite makes its row of dweight NaN.
 ///
 /// Errors: another dtype, weight not 2-D, sizes that do not match, K = 0, an unknown quantizer, activation or
 /// gradient, gradient "int8" without activation "int8", eps < 0, and in mode "int8" K > 16777215: beyond it
-/// 128 · K, the largest possible sum, overflows int32. Schema: flashlm::bit_linear(Tensor x, Tensor weight,
-/// Tensor? norm_scale=None, *, str quantizer="absmean",
+/// 128 · K, the largest possible sum, overflows int32.
+///
+/// Schema: flashlm::bit_linear(Tensor x, Tensor weight, Tensor? norm_scale=None, *, str quantizer="absmean",
 ///                             str activation="int8", float eps=1e-6, str gradient="float32") -> Tensor
 at::Tensor bit_linear(const at::Tensor& x, const at::Tensor& weight,
                       const std::optional<at::Tensor>& norm_scale = std::nullopt,
