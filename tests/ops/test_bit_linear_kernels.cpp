@@ -9,29 +9,11 @@
 #include <string>
 #include <vector>
 
-#include "ops/kernels/kernels.h"
+#include "tests/ops/kernel_check.h"
 
 using namespace flashlm::kernels;
 
 namespace {
-
-/// Calls f(table) for both types of every level that this machine runs.
-template <class F>
-void for_each_table(const F& f) {
-  for (int64_t i = 0; i < levels().count; ++i) {
-    const Level& level = levels().first[i];
-    if (!level.supported()) continue;
-    INFO(level.name);
-    f(level.float_table());
-    f(level.double_table());
-  }
-}
-
-/// The T of a Table<T>, for decltype.
-template <class T>
-T element_of(const Table<T>&);
-
-int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 /// n values of low .. high; the first is never used by the tests, so that pointers are misaligned.
 std::vector<int8_t> integers(int64_t n, int low, int high, uint32_t seed) {

@@ -10,30 +10,11 @@
 #include <utility>
 #include <vector>
 
-#include "ops/kernels/kernels.h"
+#include "tests/ops/kernel_check.h"
 
 using namespace flashlm::kernels;
 
 namespace {
-
-template <class Body>
-void for_each_level(const Body& body) {
-  for (int64_t i = 0; i < levels().count; ++i) {
-    const Level& level = levels().first[i];
-    if (!level.supported()) continue;
-    INFO(level.name);
-    body(level.float_table());
-    body(level.double_table());
-  }
-}
-
-template <class T>
-std::vector<T> dyadic(int64_t n, uint32_t seed) {
-  std::mt19937 generator(seed);
-  std::vector<T> out(n);
-  for (T& x : out) x = static_cast<T>(static_cast<int>(generator() % 33) - 16) / 8;
-  return out;
-}
 
 /// in, out: below, at and above the widths of vectors, panels and tiles.
 constexpr int64_t kChannels[][2] = {{1, 1},  {1, 2},   {3, 3},   {16, 32}, {16, 16}, {32, 16},
@@ -165,17 +146,17 @@ void test_saturation(const Table<T>& table) {
 }  // namespace
 
 TEST_CASE("causal_conv1d equals the naive loop at every size around its tiles", "[causal_conv1d]") {
-  for_each_level([](const auto& table) { test_forward(table); });
+  for_each_table([](const auto& table) { test_forward(table); });
 }
 
 TEST_CASE("causal_conv1d_backward_weight adds what the naive loop adds", "[causal_conv1d]") {
-  for_each_level([](const auto& table) { test_backward_weight(table); });
+  for_each_table([](const auto& table) { test_backward_weight(table); });
 }
 
 TEST_CASE("the gate of gated_conv equals the formula at every width", "[gated_conv]") {
-  for_each_level([](const auto& table) { test_gate(table); });
+  for_each_table([](const auto& table) { test_gate(table); });
 }
 
 TEST_CASE("the gate of gated_conv saturates without overflow", "[gated_conv]") {
-  for_each_level([](const auto& table) { test_saturation(table); });
+  for_each_table([](const auto& table) { test_saturation(table); });
 }

@@ -8,32 +8,11 @@
 #include <random>
 #include <vector>
 
-#include "ops/kernels/kernels.h"
+#include "tests/ops/kernel_check.h"
 
 using namespace flashlm::kernels;
 
 namespace {
-
-/// Calls f(table) for every level that this machine runs and that multiplies bfloat16.
-template <class F>
-void for_each_table(const F& f) {
-  for (int64_t i = 0; i < levels().count; ++i) {
-    const Level& level = levels().first[i];
-    if (!level.supported() || level.float_table().bf16_panel == 0) continue;
-    INFO(level.name);
-    f(level.float_table());
-  }
-}
-
-/// The first element is never used, so that pointers are misaligned.
-std::vector<float> dyadic(int64_t n, uint32_t seed) {
-  std::mt19937 generator(seed);
-  std::vector<float> out(n + 1);
-  for (float& x : out) x = static_cast<float>(static_cast<int>(generator() % 33) - 16) / 8;
-  return out;
-}
-
-int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 float to_float(uint32_t bf16) {
   bf16 <<= 16;
@@ -45,14 +24,15 @@ float to_float(uint32_t bf16) {
 }  // namespace
 
 TEST_CASE("gemm_bf16 equals the triple loop at every size around its tile", "[gemm_bf16]") {
-  for_each_table([](const Table<float>& t) {
+  for_each_table_with(&Table<float>::bf16_panel, [](const Table<float>& t) {
     const int64_t panel = t.bf16_panel;
     for (int64_t m : {0, 1, 2, 7, 8, 9, 16, 17, 33}) {
       for (int64_t n : {int64_t{0}, int64_t{1}, panel, panel + 1, 2 * panel + 3, 3 * panel, 3 * panel + 1}) {
         for (int64_t k : {0, 1, 2, 3, 33, 255, 256, 257, 515}) {
           const int64_t a_row = k + 2, b_row = n + 1, c_row = n + 3, pairs = (k + 1) / 2;
-          const auto a = dyadic(m * a_row, 1), b = dyadic(k * b_row, 2), factor = dyadic(k, 4);
-          std::vector<float> c = dyadic(m * c_row, 3), added = c, want = c, want_added = c;
+          const auto a = dyadic<float>(m * a_row + 1, 1), b = dyadic<float>(k * b_row + 1, 2),
+                     factor = dyadic<float>(k + 1, 4);
+          std::vector<float> c = dyadic<float>(m * c_row + 1, 3), added = c, want = c, want_added = c;
           std::vector<float> a_transposed(k * m + 1);
           for (int64_t i = 0; i < m; ++i) {
             for (int64_t p = 0; p < k; ++p) a_transposed[1 + p * m + i] = a[1 + i * a_row + p];
@@ -86,7 +66,7 @@ TEST_CASE("gemm_bf16 equals the triple loop at every size around its tile", "[ge
 }
 
 TEST_CASE("bfloat16 packing holds int8 exactly and rounds floats to nearest, ties to even", "[gemm_bf16]") {
-  for_each_table([](const Table<float>& t) {
+  for_each_table_with(&Table<float>::bf16_panel, [](const Table<float>& t) {
     std::vector<int8_t> bytes(256);
     std::vector<float> floats(256);
     for (int i = 0; i < 256; ++i) floats[i] = bytes[i] = static_cast<int8_t>(i - 128);

@@ -7,23 +7,11 @@
 #include <random>
 #include <vector>
 
-#include "ops/kernels/kernels.h"
+#include "tests/ops/kernel_check.h"
 
 using namespace flashlm::kernels;
 
 namespace {
-
-template <class F>
-void for_each_table(const F& f) {
-  for (int64_t i = 0; i < levels().count; ++i) {
-    const Level& level = levels().first[i];
-    if (!level.supported() || level.float_table().int8_panel == 0) continue;
-    INFO(level.name);
-    f(level.float_table());
-  }
-}
-
-int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 /// C = Aᵀ diag(factor) B through the kernels; a (depth, m), b (depth, n) begin at index 1.
 std::vector<float> product(const Table<float>& t, int64_t depth, int64_t m, int64_t n,
@@ -41,7 +29,7 @@ std::vector<float> product(const Table<float>& t, int64_t depth, int64_t m, int6
 }  // namespace
 
 TEST_CASE("gemm_int8 equals the triple loop at every size around its tile", "[gemm_int8]") {
-  for_each_table([](const Table<float>& t) {
+  for_each_table_with(&Table<float>::int8_panel, [](const Table<float>& t) {
     std::mt19937 generator(7);
     const auto integer = [&] { return static_cast<int>(generator() % 255) - 127; };
     const int64_t panel = t.int8_panel;
@@ -78,7 +66,7 @@ TEST_CASE("gemm_int8 equals the triple loop at every size around its tile", "[ge
 }
 
 TEST_CASE("gemm_int8 does not wrap on extreme inputs at its largest depth", "[gemm_int8]") {
-  for_each_table([](const Table<float>& t) {
+  for_each_table_with(&Table<float>::int8_panel, [](const Table<float>& t) {
     const int64_t depth = 65536, m = 9, n = t.int8_panel + 1;
     for (float sign : {1.0f, -1.0f}) {
       for (int8_t q : {int8_t{-128}, int8_t{127}}) {
@@ -97,7 +85,7 @@ TEST_CASE("gemm_int8 does not wrap on extreme inputs at its largest depth", "[ge
 }
 
 TEST_CASE("int8_quantize_columns: each column its scale, zeros zero, broken columns broken", "[gemm_int8]") {
-  for_each_table([](const Table<float>& t) {
+  for_each_table_with(&Table<float>::int8_panel, [](const Table<float>& t) {
     const int64_t depth = 6, m = 5;
     std::vector<float> a(depth * m + 1);
     const std::vector<float> factor(depth, 1.0f);

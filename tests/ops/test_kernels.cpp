@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "ops/kernels/kernels.h"
+#include "tests/ops/kernel_check.h"
 
 using namespace flashlm::kernels;
 
@@ -20,13 +20,6 @@ std::vector<const Level*> runnable_levels() {
   for (int64_t i = 0; i < levels().count; ++i) {
     if (levels().first[i].supported()) out.push_back(levels().first + i);
   }
-  return out;
-}
-
-std::vector<float> dyadic(int64_t n, uint32_t seed) {
-  std::mt19937 generator(seed);
-  std::vector<float> out(n);
-  for (float& x : out) x = static_cast<float>(static_cast<int>(generator() % 33) - 16) / 8;
   return out;
 }
 
@@ -51,8 +44,8 @@ TEST_CASE("gemm equals the triple loop at every size around its tile", "[gemm]")
         for (int64_t k : {0, 1, 3, 255, 256, 257, 520}) {
           for (bool transposed : {false, true}) {
             for (bool accumulate : {false, true}) {
-              const auto a = dyadic(m * k, 1), b = dyadic(k * n, 2);
-              std::vector<float> packed(packed_size(t, k, n)), c = dyadic(m * n, 3), want = c;
+              const auto a = dyadic<float>(m * k, 1), b = dyadic<float>(k * n, 2);
+              std::vector<float> packed(packed_size(t, k, n)), c = dyadic<float>(m * n, 3), want = c;
               const int64_t a_row = transposed ? 1 : k, a_col = transposed ? m : 1;
               const int64_t b_row = transposed ? 1 : n, b_col = transposed ? k : 1;
               for (int64_t i = 0; i < m; ++i) {
@@ -80,7 +73,7 @@ TEST_CASE("relu2_glu and rms_norm agree between levels at every length", "[relu2
     INFO(level->name);
     const Table<float>& t = level->float_table();
     for (int64_t n = 0; n <= 67; ++n) {
-      const auto x = dyadic(n + 1, 1), y = dyadic(n + 1, 2);
+      const auto x = dyadic<float>(n + 1, 1), y = dyadic<float>(n + 1, 2);
       std::vector<float> got(n), want(n);
       // One element in: misaligned for every vector width.
       t.relu2_glu(n, x.data() + 1, y.data() + 1, got.data());
@@ -102,8 +95,8 @@ TEST_CASE("rms_norm and its backward equal the formula at every width and row co
     for (int64_t rows : {1, 2, 3, 4, 5, 9}) {
       for (int64_t n : {1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 64, 67, 131}) {
         INFO("rows " << rows << " n " << n);
-        const auto x = dyadic(rows * n, 1), scale = dyadic(n, 2), dy = dyadic(rows * n, 3),
-                   residual = dyadic(rows * n, 4);
+        const auto x = dyadic<float>(rows * n, 1), scale = dyadic<float>(n, 2),
+                   dy = dyadic<float>(rows * n, 3), residual = dyadic<float>(rows * n, 4);
         std::vector<float> y(rows * n), rstd(rows), part(rows), dx(rows * n),
             with_residual = dy, dscale(n, 0.5f), dscale2 = dscale;
         t.rms_norm(rows, n, x.data(), scale.data(), kEps, y.data());

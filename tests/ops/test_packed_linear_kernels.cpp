@@ -8,29 +8,11 @@
 #include <string>
 #include <vector>
 
-#include "ops/kernels/kernels.h"
+#include "tests/ops/kernel_check.h"
 
 using namespace flashlm::kernels;
 
 namespace {
-
-/// Calls f(table) for both types of every level that this machine runs.
-template <class F>
-void for_each_table(const F& f) {
-  for (int64_t i = 0; i < levels().count; ++i) {
-    const Level& level = levels().first[i];
-    if (!level.supported()) continue;
-    INFO(level.name);
-    f(level.float_table());
-    f(level.double_table());
-  }
-}
-
-/// The T of a Table<T>, for decltype.
-template <class T>
-T element_of(const Table<T>&);
-
-int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 int64_t packed_size(int64_t n, int64_t k) { return round_up(n, kPackedOutputs) * round_up(k, 4) / 4; }
 

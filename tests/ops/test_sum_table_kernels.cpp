@@ -8,40 +8,16 @@
 #include <random>
 #include <vector>
 
-#include "ops/kernels/kernels.h"
+#include "tests/ops/kernel_check.h"
 
 using namespace flashlm::kernels;
 
 namespace {
 
-/// Calls f(table) for both types of every level that this machine runs.
-template <class F>
-void for_each_table(const F& f) {
-  for (int64_t i = 0; i < levels().count; ++i) {
-    const Level& level = levels().first[i];
-    if (!level.supported()) continue;
-    INFO(level.name);
-    f(level.float_table());
-    f(level.double_table());
-  }
-}
-
-/// The T of a Table<T>, for decltype.
-template <class T>
-T element_of(const Table<T>&);
-
 std::vector<int8_t> ternary(int64_t n, uint32_t seed) {
   std::mt19937 generator(seed);
   std::vector<int8_t> out(n);
   for (int8_t& code : out) code = static_cast<int8_t>(static_cast<int>(generator() % 3) - 1);
-  return out;
-}
-
-template <class T>
-std::vector<T> dyadic(int64_t n, uint32_t seed) {
-  std::mt19937 generator(seed);
-  std::vector<T> out(n);
-  for (T& x : out) x = static_cast<T>(static_cast<int>(generator() % 33) - 16) / 8;
   return out;
 }
 

@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the kernel tests share: the tables of every ISA level that this machine runs, and exact inputs.
+#pragma once
+
+#include <catch2/catch.hpp>
+#include <cstdint>
+#include <random>
+#include <vector>
+
+#include "ops/kernels/kernels.h"
+
+namespace flashlm::kernels {
+
+/// Calls f(table) for both types of every level that this machine runs.
+template <class F>
+void for_each_table(const F& f) {
+  for (int64_t i = 0; i < levels().count; ++i) {
+    const Level& level = levels().first[i];
+    if (!level.supported()) continue;
+    INFO(level.name);
+    f(level.float_table());
+    f(level.double_table());
+  }
+}
+
+/// Calls f(table) for float and for every level that this machine runs and that has what `panel` tells the
+/// width of.
+template <class F>
+void for_each_table_with(int64_t Table<float>::*panel, const F& f) {
+  for (int64_t i = 0; i < levels().count; ++i) {
+    const Level& level = levels().first[i];
+    if (!level.supported() || level.float_table().*panel == 0) continue;
+    INFO(level.name);
+    f(level.float_table());
+  }
+}
+
+/// The T of a Table<T>, for decltype.
+template <class T>
+T element_of(const Table<T>&);
+
+inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+/// Multiples of 1/8 in [-2, 2]: sums and products of a few thousand of them are exact in float32.
+template <class T>
+std::vector<T> dyadic(int64_t n, uint32_t seed) {
+  std::mt19937 generator(seed);
+  std::vector<T> out(n);
+  for (T& x : out) x = static_cast<T>(static_cast<int>(generator() % 33) - 16) / 8;
+  return out;
+}
+
+}  // namespace flashlm::kernels
