@@ -3,14 +3,15 @@
 include(CMakePackageConfigHelpers)
 set(FLASHLM_PACKAGE_DIR ${CMAKE_INSTALL_LIBDIR}/cmake/FlashLM)
 
-# flashlm_install_library(TARGET FOLDER): the library as FlashLM::FOLDER, found beside other libraries and LibTorch at run
-# time. Public headers are those with a source of the same name in the library, and FOLDER/FOLDER.h.
+# flashlm_install_library(TARGET FOLDER [PRIVATE_HEADER...]): the library as FlashLM::FOLDER, found beside other libraries and
+# LibTorch at run time. Public headers are the others with a source of the same name in the library, and FOLDER/FOLDER.h.
 function(flashlm_install_library target folder)
   set_target_properties(${target} PROPERTIES
     EXPORT_NAME ${folder} INSTALL_RPATH "$ORIGIN" INSTALL_RPATH_USE_LINK_PATH ON)
   install(TARGETS ${target} EXPORT FlashLMTargets)
   get_target_property(headers ${target} SOURCES)
   list(TRANSFORM headers REPLACE "\\.cpp$" ".h")
+  list(REMOVE_ITEM headers ${ARGN})
   foreach(header IN LISTS headers ITEMS ${folder}.h)
     if(EXISTS ${PROJECT_SOURCE_DIR}/${folder}/${header})
       install(FILES ${PROJECT_SOURCE_DIR}/${folder}/${header} DESTINATION ${CMAKE_INSTALL_INCLUDEDIR}/flashlm/${folder})
@@ -25,7 +26,7 @@ function(flashlm_install_program target)
   install(TARGETS ${target})
 endfunction()
 
-flashlm_install_library(flashlm_ops ops)
+flashlm_install_library(flashlm_ops ops ternary_weights.h)
 
 flashlm_install_program(train_flashlm)
 flashlm_install_program(flashlm)
