@@ -126,7 +126,7 @@ TEST_CASE("abs_sum is the same double on every level", "[bit_linear]") {
 
 TEST_CASE("a fingerprint sees every change of one value, and the length", "[bit_linear]") {
   for_each_table([](const auto& t) {
-    std::vector<int32_t> data(300);
+    std::vector<int32_t> data(301);
     for (int64_t n : {0, 1, 15, 16, 63, 64, 65, 128, 299}) {
       const auto of = [&](int64_t bytes) { return t.fingerprint(bytes, data.data() + 1); };
       const uint64_t before = of(4 * n);

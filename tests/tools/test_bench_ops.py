@@ -61,8 +61,10 @@ def test_picture(measured):
 
 def test_list_names_every_operator():
     names = succeed("bench_ops", "--list")
-    headers = {path.stem for path in (pathlib.Path(ROOT) / "ops").glob("*.h")} - {"common", "conv", "ops"}
-    missing = {name for name in headers if not any(line.startswith(name) for line in names.splitlines())}
+    headers = {path.stem for path in (pathlib.Path(ROOT) / "ops").glob("*.h")}
+    # No operators; and one that is called once in a model's life.
+    headers -= {"common", "conv", "ops", "ternary_weights", "pack_ternary"}
+    missing = {name for name in headers if not any(line.lower().startswith(name) for line in names.splitlines())}
     assert not missing, f"no case in bench/cases.cpp for {missing}"
 
 
