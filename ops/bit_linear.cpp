@@ -115,9 +115,8 @@ ThreeTensors new_outputs(const at::Tensor& x, const at::Tensor& weight,
 /// Rows that are normed and quantized together, in buffers that stay in cache until the product reads them; a
 /// multiple of every tile's rows.
 constexpr int64_t kRowBlock = 96;
-/// The least max|row| that a scale is made for: of activations, see bit_linear.h; of gradients, whose inverse
-/// is a float.
-constexpr double kSmallestActivation = 1e-5, kSmallestGradient = 1e-35;
+/// The least max|row| that a gradient's scale is made for: its inverse is a float.
+constexpr double kSmallestGradient = 1e-35;
 /// Rows over which grad_weight is summed before the sum goes to memory.
 constexpr int64_t kDepth = 256;
 /// Rows whose packed form is held at once for grad_weight.
@@ -128,8 +127,6 @@ template <class Body>
 void for_row_blocks(int64_t begin, int64_t end, int64_t block, const Body& body) {
   for (int64_t r = begin; r < end; r += block) body(r, std::min(end, r + block));
 }
-
-int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 /// The tensors of a call as the kernels read them. x (M, K), norm_scale, q (M, round_up(K, 4)) and
 /// inverse_scale (M) may be undefined; where the backward has no x, it has q and inverse_scale.

@@ -64,6 +64,8 @@ void dispatch(const at::Tensor& x, const Body& body) {
   }
 }
 
+inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
 /// Uninitialised memory for a kernel, on a cache line's boundary: packed operands that straddle lines cost a
 /// quarter of a product's speed.
 template <class T>

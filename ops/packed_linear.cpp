@@ -107,7 +107,7 @@ void product_int8(const Inputs& in, T* y) {
   const Scratch<T> inverse_scale(in.m);
   const Scratch<int32_t> row_sum(in.m);
   const auto quantize = [&](int64_t begin, int64_t end, const T* x) {
-    table.quantize_rows(end - begin, in.k, x, /*smallest=*/T(1e-5), q.data + begin * padded,
+    table.quantize_rows(end - begin, in.k, x, kSmallestActivation, q.data + begin * padded,
                         inverse_scale.data + begin, row_sum.data + begin);
   };
   at::parallel_for(0, in.m, row_grain(in.k), [&](int64_t begin, int64_t end) {

@@ -10,8 +10,6 @@ namespace {
 
 using kernels::Quantizer;
 
-int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
 /// body(first, last) for whole panels of a packed matrix of `width` columns, in parallel.
 template <class Body>
 void for_panels(int64_t width, int64_t panel, int64_t depth, const Body& body) {

@@ -26,6 +26,9 @@ inline bool parse_activation(const char* op, std::string_view name) {
   return name == "int8";
 }
 
+/// The least max|row| that the scale of int8 rows is made for; see bit_linear.h.
+constexpr double kSmallestActivation = 1e-5;
+
 // ---- weights in training ----
 
 /// The rule behind both quantizers: Q = 1 above bound, -1 below -bound, else 0. For absmean, round(w / gamma)

@@ -31,8 +31,6 @@ constexpr int64_t kWidenEvery = 64;
 static_assert(kWidenEvery * 2 * 2 * 128 <= 32768 && kWidenEvery * 2 * 2 * 127 <= 32767);
 constexpr int64_t kDepth = kWidenEvery * kGroup;
 
-inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
 // ---- 16-bit arithmetic ----
 
 /// Per 16-bit lane: the sum of its two bytes' products, w unsigned times q signed. The one place where levels

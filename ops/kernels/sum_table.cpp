@@ -21,7 +21,6 @@ constexpr int64_t kUnroll = 2;                // outputs at a time
 constexpr int64_t kBlock = 2048;              // outputs whose partial results stay in the second-level cache
 static_assert(kTables * kSums <= 256);
 
-inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 inline int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
 // ---- layout of packed codes ----

@@ -221,6 +221,8 @@ inline Vec<float> vec_min<float>(Vec<float> a, Vec<float> b) {
 
 inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 
+inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
 /// e^x. float: range reduction x = n ln 2 + r with |r| <= ln 2 / 2, then 1 + r + r^2 q(r) with the q of
 /// degree 4 that is nearest to e^r in relative error (4e-9, far below rounding), and n added to the exponent
 /// field. The result is right to 1.2e-7 of itself. The argument is clamped to [-87.3, 88.3], where the result
