@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <ATen/core/Generator.h>
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <tuple>
+
+namespace flashlm {
+
+// The two-level ("class-based", hierarchical) softmax of Goodman 2001 (arXiv cs/0108006) and Mikolov et al.
+// 2011: the V words are divided among C classes, and
+//   p(w | h) = p(c | h) p(w | c, h),  c the class of w,
+//   p(c | h)    = softmax over the C classes of   h · class_weightᵀ + class_bias
+//   p(w | c, h) = softmax over the words of c of  h · word_weightᵀ + word_bias
+// With C ≈ √V a position meets some 2 √V rows of weights instead of V.
+//
+//   h              (..., D)  float32, bfloat16 or float64, any strides
+//   class_weight   (C, D)    same dtype;  class_bias (C) or none
+//   word_weight    (V, D)    same dtype, may be the embedding table;  word_bias (V) or none
+//   class_words    (V)       int64: all words, class after class, in any order within one
+//   class_offsets  (C + 1)   int64: class c is class_words[class_offsets[c] .. class_offsets[c + 1]); the
+//                            first is 0, the last V, and no class is empty
+//
+// Errors of all functions: wrong dtypes, shapes that do not fit, class_offsets that do not rise from 0 to V,
+// a word in class_words outside [0, V); where all words are read, one that is named twice, so that another is
+// missing; logits that are not finite.
+
+/// Cross-entropy with that softmax, without a (N, V) matrix. For each of the N positions y its target and c
+/// the class of y, with lse the log-sum-exp of a level's logits z:
+///   nll  = -log p(y | h), in nats: the sum of both levels' lse - z
+///   loss = the sum over both levels of linear_cross_entropy's loss: its smoothing spreads over the classes,
+///          and over the words of the target's class
+///
+///   target  (...)  int64, h's leading dimensions; ignore_index leaves a position out
+///   returns loss and nll as linear_cross_entropy does
+///
+/// Positions are grouped by class, so that the second level is a dense product of a class's positions by its
+/// words. Every row of word_weight is read once in a pass, and every row of its gradient written once.
+/// Results do not depend on the number of threads. Double backward is refused.
+/// Schema: flashlm::hierarchical_cross_entropy(Tensor h, Tensor class_weight, Tensor? class_bias,
+///   Tensor word_weight, Tensor? word_bias, Tensor class_words, Tensor class_offsets, Tensor target, *,
+///   float label_smoothing=0., float z_loss=0., int ignore_index=-100, str reduction="mean",
+///   str precision="float32") -> (Tensor loss, Tensor nll)
+std::tuple<at::Tensor, at::Tensor> hierarchical_cross_entropy(
+    const at::Tensor& h, const at::Tensor& class_weight, const std::optional<at::Tensor>& class_bias,
+    const at::Tensor& word_weight, const std::optional<at::Tensor>& word_bias, const at::Tensor& class_words,
+    const at::Tensor& class_offsets, const at::Tensor& target, double label_smoothing = 0, double z_loss = 0,
+    int64_t ignore_index = -100, c10::string_view reduction = "mean", c10::string_view precision = "float32");
+
+/// log p(w | h) of all words: (..., V), differentiable.
+/// Schema: flashlm::hierarchical_log_prob(Tensor h, Tensor class_weight, Tensor? class_bias,
+///   Tensor word_weight, Tensor? word_bias, Tensor class_words, Tensor class_offsets) -> Tensor
+at::Tensor hierarchical_log_prob(const at::Tensor& h, const at::Tensor& class_weight,
+                                 const std::optional<at::Tensor>& class_bias, const at::Tensor& word_weight,
+                                 const std::optional<at::Tensor>& word_bias, const at::Tensor& class_words,
+                                 const at::Tensor& class_offsets);
+
+/// The k likeliest words and their log p(w | h), likeliest first: (..., k) each. Exact: classes are visited in
+/// the order of p(c), until p(c) is below the k-th best p(w) found.
+/// Schema: flashlm::hierarchical_top_k(Tensor h, Tensor class_weight, Tensor? class_bias,
+///   Tensor word_weight, Tensor? word_bias, Tensor class_words, Tensor class_offsets, int k)
+///   -> (Tensor log_prob, Tensor word)
+std::tuple<at::Tensor, at::Tensor> hierarchical_top_k(
+    const at::Tensor& h, const at::Tensor& class_weight, const std::optional<at::Tensor>& class_bias,
+    const at::Tensor& word_weight, const std::optional<at::Tensor>& word_bias, const at::Tensor& class_words,
+    const at::Tensor& class_offsets, int64_t k);
+
+/// A word drawn for each h, (...) int64, from exactly the distribution that sampling from all V logits
+/// log p(w | h) would have: probabilities p^(1/temperature), normalised over V; temperature 0 is the likeliest
+/// word. Of the top_k likeliest words only (0: all), then of the fewest of these whose tempered probability
+/// reaches top_p. Costs O(D √V): a class is proposed, and kept with the probability that makes the result
+/// exact (rejection sampling; the sum of a class's tempered probabilities has a bound known without its
+/// words). Draws from `generator`, or from torch's global one.
+/// Schema: flashlm::hierarchical_sample(Tensor h, Tensor class_weight, Tensor? class_bias,
+///   Tensor word_weight, Tensor? word_bias, Tensor class_words, Tensor class_offsets, *,
+///   float temperature=1., int top_k=0, float top_p=1., Generator? generator=None) -> Tensor
+at::Tensor hierarchical_sample(const at::Tensor& h, const at::Tensor& class_weight,
+                               const std::optional<at::Tensor>& class_bias, const at::Tensor& word_weight,
+                               const std::optional<at::Tensor>& word_bias, const at::Tensor& class_words,
+                               const at::Tensor& class_offsets, double temperature = 1, int64_t top_k = 0,
+                               double top_p = 1, std::optional<at::Generator> generator = std::nullopt);
+
+}  // namespace flashlm
