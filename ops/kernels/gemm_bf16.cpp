@@ -47,18 +47,53 @@ inline Vec<float> as_float(const int8_t* x, int64_t n) {
   return __builtin_convertvector((Vec<int32_t>)values, Vec<float>);
 }
 
+/// Values 0 .. n - 1 of x in pairs of neighbours.
+inline Vec<int32_t> neighbours(const float* x, int64_t n) {
+  const Vec<float> low = load_up_to(x, n), high = load_up_to(x + kPanel, n - kPanel);
+  return (Vec<int32_t>)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+}
+
 void pack_rows(int64_t rows, int64_t k, const float* x, int64_t x_row, int32_t* pairs) {
-  constexpr int64_t kValues = 2 * kPanel;
   for (int64_t r = 0; r < rows; ++r, x += x_row, pairs += (k + 1) / 2) {
-    int64_t i = 0;
-    for (; i + kValues <= k; i += kValues) {
-      const __m512bh both = _mm512_cvtne2ps_pbh((__m512)load(x + i + kPanel), (__m512)load(x + i));
-      memcpy(pairs + i / 2, &both, sizeof both);
+    for (int64_t i = 0; i < k; i += 2 * kPanel) {
+      store_up_to(pairs + i / 2, neighbours(x + i, k - i), (k - i + 1) / 2);
     }
-    if (i < k) {
-      const __m512bh both = _mm512_cvtne2ps_pbh((__m512)load_up_to(x + i + kPanel, k - i - kPanel),
-                                                (__m512)load_up_to(x + i, k - i));
-      memcpy(pairs + i / 2, &both, static_cast<size_t>((k - i + 1) / 2) * sizeof(int32_t));
+  }
+}
+
+/// One round of transposing a square: swaps the blocks of kStep x kStep beside the diagonal with each other.
+template <int64_t kStep>
+inline void swap_blocks(Vec<int32_t> (&square)[kPanel]) {
+  Vec<int32_t> upper, lower;  // of two rows: lanes of the first, kPanel + lanes of the second
+  for (int32_t i = 0; i < kPanel; ++i) {
+    upper[i] = i & kStep ? static_cast<int32_t>(kPanel - kStep) + i : i;
+    lower[i] = i & kStep ? static_cast<int32_t>(kPanel) + i : i + static_cast<int32_t>(kStep);
+  }
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < kPanel; ++i) {
+    if (i & kStep) continue;
+    const __m512i a = (__m512i)square[i], b = (__m512i)square[i + kStep];
+    square[i] = (Vec<int32_t>)_mm512_permutex2var_epi32(a, (__m512i)upper, b);
+    square[i + kStep] = (Vec<int32_t>)_mm512_permutex2var_epi32(a, (__m512i)lower, b);
+  }
+}
+
+void pack_columns(int64_t depth, int64_t n, const float* b, int64_t b_column, int32_t* packed) {
+  constexpr int64_t kValues = 2 * kPanel;
+  const int64_t pairs = (depth + 1) / 2;
+  for (int64_t j = 0; j < n; j += kPanel, packed += pairs * kPanel) {
+    for (int64_t p = 0; p < depth; p += kValues) {
+      Vec<int32_t> square[kPanel];  // column by pair
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kPanel; ++i) {
+        square[i] = j + i < n ? neighbours(b + (j + i) * b_column + p, depth - p) : Vec<int32_t>{};
+      }
+      swap_blocks<8>(square);
+      swap_blocks<4>(square);
+      swap_blocks<2>(square);
+      swap_blocks<1>(square);
+      const int64_t count = min_of(kPanel, pairs - p / 2);
+      for (int64_t i = 0; i < count; ++i) store(packed + (p / 2 + i) * kPanel, square[i]);
     }
   }
 }
@@ -123,6 +158,7 @@ void add_gemm_bf16(Table<T>& table) {
     table.bf16_panel = kPanel;
     table.bf16_pack_rows = pack_rows;
     table.bf16_pack = pack<float>;
+    table.bf16_pack_columns = pack_columns;
     table.bf16_pack_int8 = [](int64_t depth, int64_t n, const int8_t* b, int64_t b_row, int32_t* packed) {
       pack(depth, n, b, b_row, nullptr, packed);
     };

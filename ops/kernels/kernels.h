@@ -143,7 +143,10 @@ struct Table {
   /// bf16_panel * (depth + 1) / 2. `packed` holds (depth + 1) / 2 * round_up(n, bf16_panel) pairs.
   void (*bf16_pack)(int64_t depth, int64_t n, const T* b, int64_t b_row, const T* factor, int32_t* packed);
 
-  /// The same from int8, which bfloat16 holds exactly.
+  /// The same from Bᵀ: column j of B at b + j * b_column, without factors.
+  void (*bf16_pack_columns)(int64_t depth, int64_t n, const T* b, int64_t b_column, int32_t* packed);
+
+  /// bf16_pack from int8, which bfloat16 holds exactly.
   void (*bf16_pack_int8)(int64_t depth, int64_t n, const int8_t* b, int64_t b_row, int32_t* packed);
 
   /// C (m, n), C(i, j) = c[i * c_row + j]. `packed` as bf16_pack leaves it.

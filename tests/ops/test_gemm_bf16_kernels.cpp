@@ -65,6 +65,30 @@ TEST_CASE("gemm_bf16 equals the triple loop at every size around its tile", "[ge
   });
 }
 
+TEST_CASE("bf16_pack_columns packs the transpose as bf16_pack packs the matrix", "[gemm_bf16]") {
+  for_each_table_with(&Table<float>::bf16_panel, [](const Table<float>& t) {
+    std::mt19937 generator(5);
+    std::normal_distribution<float> normal;
+    for (int64_t n : {0, 1, 15, 16, 17, 40}) {
+      for (int64_t k : {0, 1, 2, 3, 16, 31, 32, 33, 63, 64, 65, 256}) {
+        const int64_t column = k + 3;
+        std::vector<float> b(k * n + 1), transposed(n * column + 1, NAN);
+        for (int64_t p = 0; p < k; ++p) {
+          for (int64_t j = 0; j < n; ++j) {
+            transposed[1 + j * column + p] = b[p * n + j] = normal(generator);
+          }
+        }
+        const int64_t size = (k + 1) / 2 * round_up(n, t.bf16_panel);
+        std::vector<int32_t> want(size + 1, 77), got = want;
+        t.bf16_pack(k, n, b.data(), n, /*factor=*/nullptr, want.data());
+        t.bf16_pack_columns(k, n, transposed.data() + 1, column, got.data());
+        INFO("n " << n << " k " << k);
+        REQUIRE(got == want);
+      }
+    }
+  });
+}
+
 TEST_CASE("bfloat16 packing holds int8 exactly and rounds floats to nearest, ties to even", "[gemm_bf16]") {
   for_each_table_with(&Table<float>::bf16_panel, [](const Table<float>& t) {
     std::vector<int8_t> bytes(256);
