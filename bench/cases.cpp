@@ -334,19 +334,22 @@ Case relu2_glu_case(int64_t rows, int64_t width, Pass pass) {
 
 // ---- head ----
 
-Case linear_cross_entropy_case(int64_t positions, int64_t width, int64_t vocabulary) {
+Case linear_cross_entropy_case(int64_t positions, int64_t width, int64_t vocabulary, const char* precision) {
   const auto make = [=] {
     // Three products: logits, and the gradients of h and of weight. What FlashLM computes twice counts once.
     Contest contest = products(3.0 * static_cast<double>(positions * width * vocabulary),
-                               Pass::kForwardBackward, "float32");
+                               Pass::kForwardBackward, precision);
     const at::Tensor target = at::randint(vocabulary, {positions}, at::kLong);
     add_expressions(
         contest, {at::randn({positions, width}), at::randn({vocabulary, width}) * 0.02},
-        [=](const Tensors& t) { return std::get<0>(linear_cross_entropy(t[0], t[1], std::nullopt, target)); },
+        [=](const Tensors& t) {
+          return std::get<0>(linear_cross_entropy(t[0], t[1], std::nullopt, target, /*label_smoothing=*/0,
+                                                  /*z_loss=*/0, /*ignore_index=*/-100, "mean", precision));
+        },
         [=](const Tensors& t) { return at::cross_entropy_loss(at::linear(t[0], t[1]), target); });
     return contest;
   };
-  return {std::string("linear_cross_entropy, ") + pass_name(Pass::kForwardBackward),
+  return {std::string("linear_cross_entropy, ") + pass_name(Pass::kForwardBackward) + " in " + precision,
           by(positions, width, vocabulary), make};
 }
 
@@ -413,6 +416,7 @@ std::vector<Case> cases(const Ggml* ggml, int threads) {
   constexpr const char* kModes[][2] = {{"int8", "absmean"}, {"none", "absmean"}, {"none", "threshold"}};
   constexpr int64_t kPacked[][2] = {{256, 683}, {683, 256}, {2048, 2048}, {4096, 14336}};  // K, N
   constexpr int64_t kDilations[] = {1, 4, 64};
+  constexpr int64_t kHeads[][2] = {{1024, 50257}, {4096, 224}, {8192, 224}};  // N, V
   constexpr Pass kPasses[] = {Pass::kForward, Pass::kForwardBackward};
 
   std::vector<Case> all;
@@ -445,7 +449,11 @@ std::vector<Case> cases(const Ggml* ggml, int threads) {
   }
   for (const Pass pass : kPasses) all.push_back(rms_norm_case(4096, 256, pass));
   for (const Pass pass : kPasses) all.push_back(relu2_glu_case(4096, 683, pass));
-  all.push_back(linear_cross_entropy_case(1024, 256, 50257));
+  for (const char* precision : {"float32", "bfloat16"}) {
+    for (const auto& [positions, vocabulary] : kHeads) {
+      all.push_back(linear_cross_entropy_case(positions, 256, vocabulary, precision));
+    }
+  }
   all.push_back(newton_schulz_case(683, 256));
   all.push_back(adamw_case(50257, 256));
   return all;

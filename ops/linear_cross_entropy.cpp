@@ -15,20 +15,18 @@ namespace flashlm {
 TORCH_LIBRARY_FRAGMENT(flashlm, m) {
   m.def(
       "linear_cross_entropy(Tensor h, Tensor weight, Tensor? bias, Tensor target, *, "
-      "float label_smoothing=0., float z_loss=0., int ignore_index=-100, str reduction=\"mean\") "
-      "-> (Tensor loss, Tensor nll)",
+      "float label_smoothing=0., float z_loss=0., int ignore_index=-100, str reduction=\"mean\", "
+      "str precision=\"float32\") -> (Tensor loss, Tensor nll)",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "_linear_cross_entropy_forward(Tensor h, Tensor weight, Tensor? bias, Tensor target, "
-      "float label_smoothing, float z_loss, int ignore_index, str reduction) "
+      "float label_smoothing, float z_loss, int ignore_index, str reduction, str precision) "
       "-> (Tensor loss, Tensor nll, Tensor lse)",
       {at::Tag::pt2_compliant_tag});
   m.def(
-      "_linear_cross_entropy_backward(Tensor grad_loss, Tensor h, Tensor weight, Tensor? bias, Tensor "
-      "target, "
-      "Tensor lse, float label_smoothing, float z_loss, int ignore_index, str reduction, bool[3] "
-      "output_mask) "
-      "-> (Tensor, Tensor, Tensor)",
+      "_linear_cross_entropy_backward(Tensor grad_loss, Tensor h, Tensor weight, Tensor? bias, "
+      "Tensor target, Tensor lse, float label_smoothing, float z_loss, int ignore_index, str reduction, "
+      "str precision, bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
       {at::Tag::pt2_compliant_tag});
 }
 
@@ -36,11 +34,12 @@ std::tuple<at::Tensor, at::Tensor> linear_cross_entropy(const at::Tensor& h, con
                                                         const std::optional<at::Tensor>& bias,
                                                         const at::Tensor& target, double label_smoothing,
                                                         double z_loss, int64_t ignore_index,
-                                                        c10::string_view reduction) {
+                                                        c10::string_view reduction,
+                                                        c10::string_view precision) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("flashlm::linear_cross_entropy", "")
                              .typed<decltype(linear_cross_entropy)>();
-  return op.call(h, weight, bias, target, label_smoothing, z_loss, ignore_index, reduction);
+  return op.call(h, weight, bias, target, label_smoothing, z_loss, ignore_index, reduction, precision);
 }
 
 namespace {
@@ -51,29 +50,30 @@ using TwoTensors = std::tuple<Tensor, Tensor>;
 using ThreeTensors = std::tuple<Tensor, Tensor, Tensor>;
 
 ThreeTensors forward(const Tensor& h, const Tensor& weight, const OptionalTensor& bias, const Tensor& target,
-                     double label_smoothing, double z_loss, int64_t ignore_index,
-                     c10::string_view reduction) {
+                     double label_smoothing, double z_loss, int64_t ignore_index, c10::string_view reduction,
+                     c10::string_view precision) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("flashlm::_linear_cross_entropy_forward", "")
                              .typed<decltype(forward)>();
-  return op.call(h, weight, bias, target, label_smoothing, z_loss, ignore_index, reduction);
+  return op.call(h, weight, bias, target, label_smoothing, z_loss, ignore_index, reduction, precision);
 }
 
 ThreeTensors backward(const Tensor& grad_loss, const Tensor& h, const Tensor& weight,
                       const OptionalTensor& bias, const Tensor& target, const Tensor& lse,
                       double label_smoothing, double z_loss, int64_t ignore_index, c10::string_view reduction,
-                      std::array<bool, 3> output_mask) {
+                      c10::string_view precision, std::array<bool, 3> output_mask) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("flashlm::_linear_cross_entropy_backward", "")
                              .typed<decltype(backward)>();
   return op.call(grad_loss, h, weight, bias, target, lse, label_smoothing, z_loss, ignore_index, reduction,
-                 output_mask);
+                 precision, output_mask);
 }
 
 TwoTensors composite(const Tensor& h, const Tensor& weight, const OptionalTensor& bias, const Tensor& target,
-                     double label_smoothing, double z_loss, int64_t ignore_index,
-                     c10::string_view reduction) {
-  auto [loss, nll, lse] = forward(h, weight, bias, target, label_smoothing, z_loss, ignore_index, reduction);
+                     double label_smoothing, double z_loss, int64_t ignore_index, c10::string_view reduction,
+                     c10::string_view precision) {
+  auto [loss, nll, lse] =
+      forward(h, weight, bias, target, label_smoothing, z_loss, ignore_index, reduction, precision);
   return {loss, nll};
 }
 
@@ -95,7 +95,7 @@ void check_dtype_of_h(const char* name, const Tensor& t, const Tensor& h) {
 
 ThreeTensors new_outputs(const Tensor& h, const Tensor& weight, const OptionalTensor& bias,
                          const Tensor& target, double label_smoothing, double z_loss,
-                         int64_t /*ignore_index*/, c10::string_view reduction) {
+                         int64_t /*ignore_index*/, c10::string_view reduction, c10::string_view precision) {
   const char* op = "linear_cross_entropy";
   check_floating(op, "h", h);
   check_dtype_of_h("weight", weight, h);
@@ -117,6 +117,8 @@ ThreeTensors new_outputs(const Tensor& h, const Tensor& weight, const OptionalTe
   TORCH_CHECK(z_loss >= 0, "linear_cross_entropy: z_loss must be >= 0, got ", z_loss);
   TORCH_CHECK(reduction == "mean" || reduction == "sum" || reduction == "none",
               "linear_cross_entropy: reduction must be mean, sum or none, got '", reduction, "'");
+  TORCH_CHECK(precision == "float32" || precision == "bfloat16",
+              "linear_cross_entropy: precision must be float32 or bfloat16, got '", precision, "'");
   const auto options = h.options().dtype(compute_dtype(h));
   const auto positions = target.sym_sizes();
   const auto reduced = reduction == "none" ? positions : c10::SymIntArrayRef();
@@ -127,8 +129,9 @@ ThreeTensors new_outputs(const Tensor& h, const Tensor& weight, const OptionalTe
 ThreeTensors new_gradients(const Tensor& grad_loss, const Tensor& h, const Tensor& weight,
                            const OptionalTensor& bias, const Tensor& target, const Tensor& lse,
                            double label_smoothing, double z_loss, int64_t ignore_index,
-                           c10::string_view reduction, std::array<bool, 3> output_mask) {
-  new_outputs(h, weight, bias, target, label_smoothing, z_loss, ignore_index, reduction);
+                           c10::string_view reduction, c10::string_view precision,
+                           std::array<bool, 3> output_mask) {
+  new_outputs(h, weight, bias, target, label_smoothing, z_loss, ignore_index, reduction, precision);
   check_shape("grad_loss's shape must be the loss's", grad_loss,
               reduction == "none" ? target.sym_sizes() : c10::SymIntArrayRef());
   check_shape("lse's shape must be target's", lse, target.sym_sizes());
@@ -144,18 +147,21 @@ constexpr int64_t kBlockRows = 256;
 constexpr int64_t kBlockWords = 256;
 // A row of a block in memory: 16 more, so that a column does not fall on a handful of the cache's sets.
 constexpr int64_t kBlockStride = kBlockWords + 16;
-// Rows that the backward pass takes at a time: bounds the slabs' partial gradients of h.
-constexpr int64_t kChunkRows = 2 * kBlockRows;
+// Rows of a task of the backward pass: bounds the slabs' partial gradients of h.
+constexpr int64_t kTaskRows = 2 * kBlockRows;
 
-/// The vocabulary in blocks of words, and these in slabs of consecutive blocks. A slab is a task for one
-/// thread; they are cut by V alone, and what they find is combined in their order.
-struct Slabs {
-  explicit Slabs(int64_t vocabulary)
+/// The work is cut by its shape alone, and what tasks find is combined in their order. The vocabulary: into
+/// blocks of words, and these into slabs of consecutive blocks. The rows: into groups, as many as make 16
+/// tasks of a few slabs.
+struct Cut {
+  Cut(int64_t vocabulary, int64_t n)
       : words(vocabulary),
+        rows(n),
         blocks((vocabulary + kBlockWords - 1) / kBlockWords),
-        count(std::min<int64_t>(32, blocks)) {}
+        slabs(std::min<int64_t>(32, blocks)),
+        groups(std::clamp<int64_t>((n + kTaskRows - 1) / kTaskRows, 1, std::max<int64_t>(1, 16 / slabs))) {}
 
-  int64_t first_word(int64_t slab) const { return slab * blocks / count * kBlockWords; }
+  int64_t first_word(int64_t slab) const { return slab * blocks / slabs * kBlockWords; }
 
   /// body(first word, words) for each block of the slab.
   template <class Body>
@@ -166,27 +172,49 @@ struct Slabs {
     }
   }
 
-  int64_t words, blocks, count;
+  int64_t words, rows, blocks, slabs, groups;
 };
 
-/// body(first row, rows) for each block of rows in [begin, end).
+/// body(first row, rows) for each block of rows in [begin, end), in order.
 template <class Body>
 void for_each_row_block(int64_t begin, int64_t end, const Body& body) {
   for (int64_t row = begin; row < end; row += kBlockRows) body(row, std::min(kBlockRows, end - row));
+}
+
+/// The same on several threads, in any order.
+template <class Body>
+void for_each_row_block_in_parallel(int64_t begin, int64_t end, const Body& body) {
+  at::parallel_for(0, (end - begin + kBlockRows - 1) / kBlockRows, 1, [&](int64_t first, int64_t last) {
+    for_each_row_block(begin + first * kBlockRows, std::min(end, begin + last * kBlockRows), body);
+  });
+}
+
+/// body(slab, group, first row, end of rows) for each slab and each of `groups` groups of the blocks of rows
+/// in [begin, end): the tasks of one thread, tasks first .. last - 1.
+template <class Body>
+void for_each_task(int64_t first, int64_t last, int64_t groups, int64_t begin, int64_t end,
+                   const Body& body) {
+  const int64_t blocks = (end - begin + kBlockRows - 1) / kBlockRows;
+  const auto row_of = [&](int64_t group) {
+    return std::min(end, begin + group * blocks / groups * kBlockRows);
+  };
+  for (int64_t task = first; task < last; ++task) {
+    const int64_t slab = task / groups, group = task % groups;
+    body(slab, group, row_of(group), row_of(group + 1));
+  }
 }
 
 /// The arguments as the kernels read them, without the positions that are ignored.
 struct Problem {
   Problem(const Tensor& h_in, const Tensor& weight_in, const OptionalTensor& bias_in, const Tensor& target,
           int64_t ignore_index)
-      : slabs(weight_in.size(0)), width(h_in.size(-1)) {
+      : words(weight_in.size(0)), width(h_in.size(-1)) {
     const Tensor y = target.contiguous();
     const int64_t* word = y.const_data_ptr<int64_t>();
     for (int64_t i = 0; i < y.numel(); ++i) {
       if (word[i] == ignore_index) continue;
-      TORCH_CHECK(word[i] >= 0 && word[i] < slabs.words,
-                  "linear_cross_entropy: target must be in [0, V) = [0, ", slabs.words, ") or ignore_index ",
-                  ignore_index, ", got ", word[i], " at position ", i);
+      TORCH_CHECK(word[i] >= 0 && word[i] < words, "linear_cross_entropy: target must be in [0, V) = [0, ",
+                  words, ") or ignore_index ", ignore_index, ", got ", word[i], " at position ", i);
       positions.push_back(i);
       targets.push_back(word[i]);
     }
@@ -199,37 +227,126 @@ struct Problem {
 
   /// values[rows] at their positions in a tensor of the target's shape, the rest zero.
   template <class T>
-  Tensor scatter(const std::vector<T>& values, at::IntArrayRef shape) const {
+  Tensor scatter(const std::vector<double>& values, at::IntArrayRef shape) const {
     Tensor out = at::zeros(shape, h.options());
     T* to = out.mutable_data_ptr<T>();
-    for (int64_t r = 0; r < rows; ++r) to[positions[r]] = values[r];
+    for (int64_t r = 0; r < rows; ++r) to[positions[r]] = static_cast<T>(values[r]);
     return out;
   }
 
-  Slabs slabs;
-  int64_t rows, width;
+  int64_t words, rows, width;
   std::vector<int64_t> positions, targets;  // (rows)
   Tensor h;                                 // (rows, width)
   Tensor weight;                            // (V, width)
   Tensor bias;                              // (V), or undefined
 };
 
+// ---- the products C = A·B, in either precision ----
+
+/// Of T throughout. A is read where it lies.
 template <class T>
-int64_t packed_width(int64_t n) {
-  const int64_t panel = kernels::table<T>().gemm_panel;
-  return (n + panel - 1) / panel * panel;
+struct PlainProducts {
+  using Value = T;
+  using Packed = T;
+  struct Left {
+    const T* first;
+    int64_t row, column;
+  };
+
+  static const kernels::Table<T>& table() { return kernels::table<T>(); }
+  static int64_t left_size(int64_t /*m*/, int64_t /*depth*/) { return 0; }
+  static int64_t right_size(int64_t depth, int64_t n) { return depth * round_up(n, table().gemm_panel); }
+
+  /// A (m, depth) from row-major a, or from row-major Aᵀ.
+  static Left left(int64_t /*m*/, int64_t /*depth*/, const T* a, int64_t a_row, T*) { return {a, a_row, 1}; }
+  static Left left_transposed(int64_t /*m*/, int64_t /*depth*/, const T* a, int64_t a_row, T*) {
+    return {a, 1, a_row};
+  }
+  /// B (depth, n) from row-major b, or from row-major Bᵀ.
+  static void right(int64_t depth, int64_t n, const T* b, T* packed) {
+    table().gemm_pack(depth, n, b, n, 1, packed);
+  }
+  static void right_transposed(int64_t depth, int64_t n, const T* b, T* packed) {
+    table().gemm_pack(depth, n, b, 1, depth, packed);
+  }
+  static void multiply(int64_t m, int64_t n, int64_t depth, Left a, const T* packed, T* c, int64_t c_row,
+                       bool accumulate) {
+    table().gemm(m, n, depth, a.first, a.row, a.column, packed, c, c_row, accumulate);
+  }
+};
+
+/// Of operands rounded to bfloat16, with float32 sums.
+struct Bfloat16Products {
+  using Value = float;
+  using Packed = int32_t;
+  using Left = kernels::PairRows;
+
+  static const kernels::Table<float>& table() { return kernels::table<float>(); }
+  static int64_t left_size(int64_t m, int64_t depth) { return right_size(depth, m); }
+  static int64_t right_size(int64_t depth, int64_t n) {
+    return (depth + 1) / 2 * round_up(n, table().bf16_panel);
+  }
+
+  static Left left(int64_t m, int64_t depth, const float* a, int64_t a_row, int32_t* memory) {
+    const int64_t pairs = (depth + 1) / 2;
+    table().bf16_pack_rows(m, depth, a, a_row, memory);
+    return {memory, pairs, 1, table().bf16_panel * pairs};
+  }
+  static Left left_transposed(int64_t m, int64_t depth, const float* a, int64_t a_row, int32_t* memory) {
+    const int64_t panel = table().bf16_panel;
+    table().bf16_pack(depth, m, a, a_row, /*factor=*/nullptr, memory);
+    return {memory, 1, panel, panel * ((depth + 1) / 2)};
+  }
+  static void right(int64_t depth, int64_t n, const float* b, int32_t* packed) {
+    table().bf16_pack(depth, n, b, n, /*factor=*/nullptr, packed);
+  }
+  static void right_transposed(int64_t depth, int64_t n, const float* b, int32_t* packed) {
+    table().bf16_pack_columns(depth, n, b, depth, packed);
+  }
+  static void multiply(int64_t m, int64_t n, int64_t depth, Left a, const int32_t* packed, float* c,
+                       int64_t c_row, bool accumulate) {
+    table().gemm_bf16(m, n, depth, a, packed, /*alpha=*/1, c, c_row, accumulate);
+  }
+};
+
+/// body(products) for h's dtype and the precision asked for, as far as this CPU has it.
+template <class Body>
+void dispatch_products(const Tensor& h, c10::string_view precision, const Body& body) {
+  if (compute_dtype(h) == at::kDouble) {
+    body(PlainProducts<double>());
+  } else if (precision == "bfloat16" && kernels::table<float>().bf16_panel > 0) {
+    body(Bfloat16Products());
+  } else {
+    body(PlainProducts<float>());
+  }
 }
 
+/// h as the left operand of the logits, made once in a pass.
+template <class P>
+struct LeftOfLogits {
+  explicit LeftOfLogits(const Problem& p)
+      : memory((p.rows + kBlockRows - 1) / kBlockRows * P::left_size(kBlockRows, p.width)),
+        blocks((p.rows + kBlockRows - 1) / kBlockRows) {
+    const auto* h = p.h.template const_data_ptr<typename P::Value>();
+    for_each_row_block_in_parallel(0, p.rows, [&](int64_t row, int64_t rows) {
+      const int64_t block = row / kBlockRows;
+      blocks[block] = P::left(rows, p.width, h + row * p.width, p.width,
+                              memory.data + block * P::left_size(kBlockRows, p.width));
+    });
+  }
+  Scratch<typename P::Packed> memory;
+  std::vector<typename P::Left> blocks;  // by row / kBlockRows
+};
+
 /// Logits of a block of rows by the words whose weights are packed.
-template <class T>
-void block_logits(const Problem& p, int64_t row, int64_t rows, int64_t word, int64_t words,
-                  const T* packed_weight, T* z) {
+template <class P, class T = typename P::Value>
+void block_logits(const Problem& p, const typename P::Left& h, int64_t rows, int64_t word, int64_t words,
+                  const typename P::Packed* packed_weight, T* z) {
   if (p.bias.defined()) {
-    const T* bias = p.bias.const_data_ptr<T>() + word;
+    const T* bias = p.bias.template const_data_ptr<T>() + word;
     for (int64_t r = 0; r < rows; ++r) std::copy(bias, bias + words, z + r * kBlockStride);
   }
-  kernels::table<T>().gemm(rows, words, p.width, p.h.const_data_ptr<T>() + row * p.width, p.width, 1,
-                           packed_weight, z, kBlockStride, p.bias.defined());
+  P::multiply(rows, words, p.width, h, packed_weight, z, kBlockStride, p.bias.defined());
 }
 
 /// body(r, z of its target) for each of the block's rows whose target is one of the block's words.
@@ -247,80 +364,86 @@ void for_each_target(const Problem& p, int64_t row, int64_t rows, int64_t word, 
 /// What a pass over the vocabulary leaves for each row; the first three once for each slab.
 template <class T>
 struct Statistics {
-  explicit Statistics(const Problem& p)
-      : max(p.slabs.count * p.rows),
-        sum_exp(p.slabs.count * p.rows),
-        sum_z(p.slabs.count * p.rows),
-        z_target(p.rows) {}
+  Statistics(int64_t slabs, int64_t rows)
+      : max(slabs * rows), sum_exp(slabs * rows), sum_z(slabs * rows), z_target(rows) {}
   Scratch<T> max, sum_exp, sum_z, z_target;
 };
 
-template <class T>
-Statistics<T> scan_vocabulary(const Problem& p) {
-  const auto& table = kernels::table<T>();
-  Statistics<T> s(p);
-  at::parallel_for(0, p.slabs.count, 1, [&](int64_t first, int64_t last) {
-    Scratch<T> packed(p.width * packed_width<T>(kBlockWords)), z(kBlockRows * kBlockStride);
-    for (int64_t slab = first; slab < last; ++slab) {
+template <class P, class T = typename P::Value>
+Statistics<T> scan_vocabulary(const Problem& p, const Cut& cut) {
+  const LeftOfLogits<P> h(p);
+  Statistics<T> s(cut.slabs, p.rows);
+  at::parallel_for(0, cut.slabs * cut.groups, 1, [&](int64_t first, int64_t last) {
+    Scratch<typename P::Packed> packed(P::right_size(p.width, kBlockWords));
+    Scratch<T> z(kBlockRows * kBlockStride);
+    for_each_task(first, last, cut.groups, 0, p.rows, [&](int64_t slab, int64_t, int64_t begin, int64_t end) {
       T* max = s.max.data + slab * p.rows;
       T* sum_exp = s.sum_exp.data + slab * p.rows;
       T* sum_z = s.sum_z.data + slab * p.rows;
-      std::fill(max, max + p.rows, std::numeric_limits<T>::lowest());
-      std::fill(sum_exp, sum_exp + p.rows, T(0));
-      std::fill(sum_z, sum_z + p.rows, T(0));
-      p.slabs.for_each_block(slab, [&](int64_t word, int64_t words) {
-        table.gemm_pack(p.width, words, p.weight.const_data_ptr<T>() + word * p.width, 1, p.width,
-                        packed.data);
-        for_each_row_block(0, p.rows, [&](int64_t row, int64_t rows) {
-          block_logits(p, row, rows, word, words, packed.data, z.data);
-          table.cross_entropy(rows, words, z.data, kBlockStride, max + row, sum_exp + row, sum_z + row);
+      std::fill(max + begin, max + end, std::numeric_limits<T>::lowest());
+      std::fill(sum_exp + begin, sum_exp + end, T(0));
+      std::fill(sum_z + begin, sum_z + end, T(0));
+      cut.for_each_block(slab, [&](int64_t word, int64_t words) {
+        P::right_transposed(p.width, words, p.weight.template const_data_ptr<T>() + word * p.width,
+                            packed.data);
+        for_each_row_block(begin, end, [&](int64_t row, int64_t rows) {
+          block_logits<P>(p, h.blocks[row / kBlockRows], rows, word, words, packed.data, z.data);
+          P::table().cross_entropy(rows, words, z.data, kBlockStride, max + row, sum_exp + row, sum_z + row);
           for_each_target(p, row, rows, word, words, z.data,
                           [&](int64_t r, T z_target) { s.z_target.data[r] = z_target; });
         });
       });
-    }
+    });
   });
   return s;
 }
 
-template <class T>
+template <class P, class T = typename P::Value>
 ThreeTensors forward_as(const Problem& p, at::IntArrayRef shape, double label_smoothing, double z_loss,
                         c10::string_view reduction) {
-  const Statistics<T> s = scan_vocabulary<T>(p);
-  std::vector<T> losses(p.rows), nlls(p.rows), lses(p.rows);
+  const Cut cut(p.words, p.rows);
+  const Statistics<T> s = scan_vocabulary<P>(p, cut);
+  std::vector<double> losses(p.rows), nlls(p.rows), lses(p.rows);
+  at::parallel_for(0, p.rows, kBlockRows, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      double max = -std::numeric_limits<double>::infinity(), sum_exp = 0, sum_z = 0;
+      for (int64_t i = r; i < cut.slabs * p.rows; i += p.rows) max = std::max<double>(max, s.max.data[i]);
+      for (int64_t i = r; i < cut.slabs * p.rows; i += p.rows) {
+        sum_exp += s.sum_exp.data[i] * std::exp(s.max.data[i] - max);
+        sum_z += s.sum_z.data[i];
+      }
+      const double lse = max + std::log(sum_exp), z_target = s.z_target.data[r], nll = lse - z_target;
+      double loss = nll + z_loss * lse * lse;
+      // Not 0 * infinity when words are masked by a bias of -inf.
+      if (label_smoothing > 0) loss += label_smoothing * (z_target - sum_z / static_cast<double>(p.words));
+      lses[r] = lse;
+      losses[r] = loss;
+      nlls[r] = nll;
+    }
+  });
   double loss_sum = 0, nll_sum = 0;
   for (int64_t r = 0; r < p.rows; ++r) {
-    double max = -std::numeric_limits<double>::infinity(), sum_exp = 0, sum_z = 0;
-    for (int64_t i = r; i < p.slabs.count * p.rows; i += p.rows) max = std::max<double>(max, s.max.data[i]);
-    for (int64_t i = r; i < p.slabs.count * p.rows; i += p.rows) {
-      sum_exp += s.sum_exp.data[i] * std::exp(s.max.data[i] - max);
-      sum_z += s.sum_z.data[i];
-    }
-    const double lse = max + std::log(sum_exp), z_target = s.z_target.data[r], nll = lse - z_target;
-    double loss = nll + z_loss * lse * lse;
-    // Not 0 * infinity when words are masked by a bias of -inf.
-    if (label_smoothing > 0)
-      loss += label_smoothing * (z_target - sum_z / static_cast<double>(p.slabs.words));
-    lses[r] = static_cast<T>(lse);
-    losses[r] = static_cast<T>(loss);
-    nlls[r] = static_cast<T>(nll);
-    loss_sum += loss;
-    nll_sum += nll;
+    TORCH_CHECK_VALUE(lses[r] < std::numeric_limits<double>::infinity(),
+                      "linear_cross_entropy: logits must be finite, got a log-sum-exp of ",
+                      std::isnan(lses[r]) ? "nan" : "inf", " at position ", p.positions[r],
+                      " (h, weight or bias has a NaN or an infinity)");
+    loss_sum += losses[r];
+    nll_sum += nlls[r];
   }
-  const Tensor lse = p.scatter(lses, shape);
-  if (reduction == "none") return {p.scatter(losses, shape), p.scatter(nlls, shape), lse};
+  const Tensor lse = p.scatter<T>(lses, shape);
+  if (reduction == "none") return {p.scatter<T>(losses, shape), p.scatter<T>(nlls, shape), lse};
   const double count = reduction == "mean" ? static_cast<double>(p.rows) : 1;
   return {at::full({}, loss_sum / count, lse.options()), at::full({}, nll_sum / count, lse.options()), lse};
 }
 
 ThreeTensors forward_cpu(const Tensor& h, const Tensor& weight, const OptionalTensor& bias,
                          const Tensor& target, double label_smoothing, double z_loss, int64_t ignore_index,
-                         c10::string_view reduction) {
-  new_outputs(h, weight, bias, target, label_smoothing, z_loss, ignore_index, reduction);
+                         c10::string_view reduction, c10::string_view precision) {
+  new_outputs(h, weight, bias, target, label_smoothing, z_loss, ignore_index, reduction, precision);
   const Problem p(h, weight, bias, target, ignore_index);
   ThreeTensors out;
-  dispatch(h, [&](auto t) {
-    out = forward_as<decltype(t)>(p, target.sizes(), label_smoothing, z_loss, reduction);
+  dispatch_products(h, precision, [&](auto products) {
+    out = forward_as<decltype(products)>(p, target.sizes(), label_smoothing, z_loss, reduction);
   });
   return out;
 }
@@ -339,7 +462,7 @@ struct RowGradients {
       const double grad = g.const_data_ptr<T>()[reduction == "none" ? p.positions[r] : 0] * scale;
       lse.push_back(static_cast<T>(lse_r));
       factor.push_back(static_cast<T>(grad * (1 + 2 * z_loss * lse_r)));
-      shift.push_back(static_cast<T>(grad * label_smoothing / static_cast<double>(p.slabs.words)));
+      shift.push_back(static_cast<T>(grad * label_smoothing / static_cast<double>(p.words)));
       hit.push_back(static_cast<T>(grad * (1 - label_smoothing)));
     }
   }
@@ -364,61 +487,100 @@ void sum_parts(int64_t count, int64_t n, const T* parts, T* to) {
   });
 }
 
-/// Adds the gradients from the rows in [begin, end), a chunk; gradients not wanted are null.
+/// Where a pass adds its gradients; null if not wanted. Those of weight and bias once for each group of rows,
+/// (groups, V, D) and (groups, V), as groups meet the same words at the same time.
 template <class T>
-void backward_chunk(const Problem& p, const RowGradients<T>& g, int64_t begin, int64_t end, T* grad_h,
-                    T* grad_weight, T* grad_bias) {
-  const auto& table = kernels::table<T>();
-  const int64_t width = p.width, rows_in_chunk = end - begin, packed_row = packed_width<T>(width);
-  Scratch<T> packed_h(grad_weight ? rows_in_chunk * packed_row : 0);
-  if (grad_weight) {
-    for_each_row_block(begin, end, [&](int64_t row, int64_t rows) {
-      table.gemm_pack(rows, width, p.h.const_data_ptr<T>() + row * width, width, 1,
-                      packed_h.data + (row - begin) * packed_row);
+struct Gradients {
+  T *h, *weight_parts, *bias_parts;
+};
+
+/// The gradients from the rows in [begin, end), a chunk.
+template <class P, class T = typename P::Value>
+void backward_chunk(const Problem& p, const Cut& cut, const LeftOfLogits<P>& h, const RowGradients<T>& g,
+                    int64_t begin, int64_t end, const Gradients<T>& grad) {
+  const int64_t width = p.width, rows_in_chunk = end - begin;
+  const int64_t right_block = P::right_size(kBlockRows, width);
+  Scratch<typename P::Packed> right_h(
+      grad.weight_parts ? (rows_in_chunk + kBlockRows - 1) / kBlockRows * right_block : 0);
+  if (grad.weight_parts) {
+    for_each_row_block_in_parallel(begin, end, [&](int64_t row, int64_t rows) {
+      P::right(rows, width, p.h.template const_data_ptr<T>() + row * width,
+               right_h.data + (row - begin) / kBlockRows * right_block);
     });
   }
-  Scratch<T> slab_grad_h(grad_h ? p.slabs.count * rows_in_chunk * width : 0);
-  at::parallel_for(0, p.slabs.count, 1, [&](int64_t first, int64_t last) {
-    Scratch<T> z(kBlockRows * kBlockStride), columns(width * packed_width<T>(kBlockWords)),
-        rows_of_weight(grad_h ? kBlockWords * packed_row : 0);
-    for (int64_t slab = first; slab < last; ++slab) {
-      T* part = slab_grad_h.data + slab * rows_in_chunk * width;
-      p.slabs.for_each_block(slab, [&](int64_t word, int64_t words) {
-        const T* weight = p.weight.const_data_ptr<T>() + word * width;
-        table.gemm_pack(width, words, weight, 1, width, columns.data);
-        if (grad_h) table.gemm_pack(words, width, weight, width, 1, rows_of_weight.data);
-        for_each_row_block(begin, end, [&](int64_t row, int64_t rows) {
-          block_logits(p, row, rows, word, words, columns.data, z.data);
-          table.cross_entropy_backward(rows, words, z.data, kBlockStride, g.lse.data() + row,
-                                       g.factor.data() + row, g.shift.data() + row);
-          for_each_target(p, row, rows, word, words, z.data, [&](int64_t r, T& grad) { grad -= g.hit[r]; });
-          if (grad_h) {
-            table.gemm(rows, width, words, z.data, kBlockStride, 1, rows_of_weight.data,
-                       part + (row - begin) * width, width, word > p.slabs.first_word(slab));
-          }
-          if (grad_weight) {
-            table.gemm(words, width, rows, z.data, 1, kBlockStride,
-                       packed_h.data + (row - begin) * packed_row, grad_weight + word * width, width, true);
-          }
-          if (grad_bias) add_column_sums(rows, words, z.data, grad_bias + word);
+  // A single slab has no other to be added to.
+  Scratch<T> slab_grad_h(grad.h && cut.slabs > 1 ? cut.slabs * rows_in_chunk * width : 0);
+  const auto grad_h_of = [&](int64_t slab, int64_t row) {
+    return cut.slabs > 1 ? slab_grad_h.data + (slab * rows_in_chunk + row - begin) * width
+                         : grad.h + row * width;
+  };
+  const int64_t groups = std::min(cut.groups, (rows_in_chunk + kTaskRows - 1) / kTaskRows);
+  at::parallel_for(0, cut.slabs * groups, 1, [&](int64_t first, int64_t last) {
+    Scratch<T> z(kBlockRows * kBlockStride);
+    Scratch<typename P::Packed> columns(P::right_size(width, kBlockWords)),
+        rows_of_weight(grad.h ? P::right_size(kBlockWords, width) : 0),
+        left(P::left_size(kBlockRows, kBlockWords));
+    for_each_task(
+        first, last, groups, begin, end, [&](int64_t slab, int64_t group, int64_t from, int64_t to) {
+          cut.for_each_block(slab, [&](int64_t word, int64_t words) {
+            const T* weight = p.weight.template const_data_ptr<T>() + word * width;
+            P::right_transposed(width, words, weight, columns.data);
+            if (grad.h) P::right(words, width, weight, rows_of_weight.data);
+            for_each_row_block(from, to, [&](int64_t row, int64_t rows) {
+              block_logits<P>(p, h.blocks[row / kBlockRows], rows, word, words, columns.data, z.data);
+              P::table().cross_entropy_backward(rows, words, z.data, kBlockStride, g.lse.data() + row,
+                                                g.factor.data() + row, g.shift.data() + row);
+              for_each_target(p, row, rows, word, words, z.data, [&](int64_t r, T& dz) { dz -= g.hit[r]; });
+              if (grad.h) {
+                P::multiply(rows, width, words, P::left(rows, words, z.data, kBlockStride, left.data),
+                            rows_of_weight.data, grad_h_of(slab, row), width,
+                            /*accumulate=*/word > cut.first_word(slab));
+              }
+              if (grad.weight_parts) {
+                P::multiply(words, width, rows,
+                            P::left_transposed(words, rows, z.data, kBlockStride, left.data),
+                            right_h.data + (row - begin) / kBlockRows * right_block,
+                            grad.weight_parts + (group * p.words + word) * width, width,
+                            /*accumulate=*/begin > 0 || row > from);
+              }
+              if (grad.bias_parts) {
+                add_column_sums(rows, words, z.data, grad.bias_parts + group * p.words + word);
+              }
+            });
+          });
         });
-      });
-    }
   });
-  if (grad_h) sum_parts(p.slabs.count, rows_in_chunk * width, slab_grad_h.data, grad_h + begin * width);
+  if (grad.h && cut.slabs > 1) {
+    sum_parts(cut.slabs, rows_in_chunk * width, slab_grad_h.data, grad.h + begin * width);
+  }
 }
 
-template <class T>
+template <class P, class T = typename P::Value>
 ThreeTensors backward_as(const Problem& p, const RowGradients<T>& g, std::array<bool, 3> output_mask) {
-  const Tensor grad_h = output_mask[0] ? at::empty_like(p.h) : no_grad();
-  const Tensor grad_weight = output_mask[1] ? at::zeros_like(p.weight) : no_grad();
-  const Tensor grad_bias = output_mask[2] ? at::zeros_like(p.bias) : no_grad();
-  const auto data = [](const Tensor& t) { return t.defined() ? t.mutable_data_ptr<T>() : nullptr; };
-  for (int64_t row = 0; row < p.rows; row += kChunkRows) {
-    backward_chunk(p, g, row, std::min(p.rows, row + kChunkRows), data(grad_h), data(grad_weight),
-                   data(grad_bias));
+  if (p.rows == 0) {
+    return {output_mask[0] ? at::zeros_like(p.h) : no_grad(),
+            output_mask[1] ? at::zeros_like(p.weight) : no_grad(),
+            output_mask[2] ? at::zeros_like(p.bias) : no_grad()};
   }
-  return {grad_h, grad_weight, grad_bias};
+  const Cut cut(p.words, p.rows);
+  const LeftOfLogits<P> h(p);
+  const auto options = p.h.options();
+  const Tensor grad_h = output_mask[0] ? at::empty_like(p.h) : no_grad();
+  const Tensor weight_parts = output_mask[1] ? at::empty({cut.groups, p.words, p.width}, options) : no_grad();
+  const Tensor bias_parts = output_mask[2] ? at::zeros({cut.groups, p.words}, options) : no_grad();
+  const auto data = [](const Tensor& t) { return t.defined() ? t.mutable_data_ptr<T>() : nullptr; };
+  const int64_t chunk = cut.groups * kTaskRows;
+  for (int64_t row = 0; row < p.rows; row += chunk) {
+    backward_chunk<P>(p, cut, h, g, row, std::min(p.rows, row + chunk),
+                      Gradients<T>{data(grad_h), data(weight_parts), data(bias_parts)});
+  }
+  const auto sum_of_groups = [&](const Tensor& parts) {
+    if (!parts.defined() || cut.groups == 1) return parts.defined() ? parts[0] : parts;
+    const Tensor sum = at::empty(parts.sizes().slice(1), options);
+    sum_parts(cut.groups, sum.numel(), data(parts), data(sum));
+    return sum;
+  };
+  return {grad_h, sum_of_groups(weight_parts), sum_of_groups(bias_parts)};
 }
 
 /// grad (rows, D) at the positions it belongs to in a tensor like h, the rest zero.
@@ -431,14 +593,16 @@ Tensor grad_of_all_rows(const Problem& p, const Tensor& grad, const Tensor& h) {
 ThreeTensors backward_cpu(const Tensor& grad_loss, const Tensor& h, const Tensor& weight,
                           const OptionalTensor& bias, const Tensor& target, const Tensor& lse,
                           double label_smoothing, double z_loss, int64_t ignore_index,
-                          c10::string_view reduction, std::array<bool, 3> output_mask) {
+                          c10::string_view reduction, c10::string_view precision,
+                          std::array<bool, 3> output_mask) {
   new_gradients(grad_loss, h, weight, bias, target, lse, label_smoothing, z_loss, ignore_index, reduction,
-                output_mask);
+                precision, output_mask);
   const Problem p(h, weight, bias, target, ignore_index);
   ThreeTensors grads;
-  dispatch(h, [&](auto t) {
-    const RowGradients<decltype(t)> g(p, grad_loss, lse, label_smoothing, z_loss, reduction);
-    grads = backward_as(p, g, output_mask);
+  dispatch_products(h, precision, [&](auto products) {
+    using P = decltype(products);
+    const RowGradients<typename P::Value> g(p, grad_loss, lse, label_smoothing, z_loss, reduction);
+    grads = backward_as<P>(p, g, output_mask);
   });
   const auto as_input = [&](const Tensor& t) { return t.defined() ? t.to(h.scalar_type()) : t; };
   auto& [grad_h, grad_weight, grad_bias] = grads;
@@ -452,16 +616,18 @@ struct LinearCrossEntropy : torch::autograd::Function<LinearCrossEntropy> {
   static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx, const Tensor& h,
                                                 const Tensor& weight, const OptionalTensor& bias,
                                                 const Tensor& target, double label_smoothing, double z_loss,
-                                                int64_t ignore_index, const std::string& reduction) {
+                                                int64_t ignore_index, const std::string& reduction,
+                                                const std::string& precision) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [loss, nll, lse] =
-        flashlm::forward(h, weight, bias, target, label_smoothing, z_loss, ignore_index, reduction);
+    auto [loss, nll, lse] = flashlm::forward(h, weight, bias, target, label_smoothing, z_loss, ignore_index,
+                                             reduction, precision);
     ctx->mark_non_differentiable({nll, lse});
     ctx->save_for_backward({h, weight, bias.value_or(Tensor()), target, lse});
     ctx->saved_data["label_smoothing"] = label_smoothing;
     ctx->saved_data["z_loss"] = z_loss;
     ctx->saved_data["ignore_index"] = ignore_index;
     ctx->saved_data["reduction"] = reduction;
+    ctx->saved_data["precision"] = precision;
     return {loss, nll, lse};
   }
 
@@ -474,16 +640,17 @@ struct LinearCrossEntropy : torch::autograd::Function<LinearCrossEntropy> {
     auto [grad_h, grad_weight, grad_bias] = flashlm::backward(
         grads[0], saved[0], saved[1], bias, saved[3], saved[4], data["label_smoothing"].toDouble(),
         data["z_loss"].toDouble(), data["ignore_index"].toInt(), data["reduction"].toStringRef(),
+        data["precision"].toStringRef(),
         {ctx->needs_input_grad(0), ctx->needs_input_grad(1), bias && ctx->needs_input_grad(2)});
-    return {grad_h, grad_weight, grad_bias, no_grad(), no_grad(), no_grad(), no_grad(), no_grad()};
+    return {grad_h, grad_weight, grad_bias, no_grad(), no_grad(), no_grad(), no_grad(), no_grad(), no_grad()};
   }
 };
 
 ThreeTensors forward_autograd(const Tensor& h, const Tensor& weight, const OptionalTensor& bias,
                               const Tensor& target, double label_smoothing, double z_loss,
-                              int64_t ignore_index, c10::string_view reduction) {
+                              int64_t ignore_index, c10::string_view reduction, c10::string_view precision) {
   auto out = LinearCrossEntropy::apply(h, weight, bias, target, label_smoothing, z_loss, ignore_index,
-                                       std::string(reduction));
+                                       std::string(reduction), std::string(precision));
   return {out[0], out[1], out[2]};
 }
 

@@ -24,25 +24,36 @@ namespace flashlm {
 ///            "sum" give scalars, "none" gives (...) with 0 at ignored positions. float64 for float64 inputs,
 ///            else float32: a bfloat16 loss near 10 would be rounded to steps of 0.06.
 ///
-/// The vocabulary is cut into blocks of 256 words, and those into at most S = 32 slabs, the tasks of the
-/// threads: the results do not depend on their number. The forward pass keeps a running log-sum-exp per
-/// position; the backward pass computes each block's logits again (as Wijmans et al. 2024, arXiv 2411.09009;
-/// Liger Kernel, arXiv 2410.10989, goes by rows instead) and multiplies their gradient on while it is in
-/// cache. Extra memory, in values of 4 bytes (8 for float64), with P threads:
+/// `precision` says what the products multiply, here the logits and, going back, the two products of their
+/// gradient with weight and with h. All else is float32 (float64 for float64 inputs):
+///   "float32"   the values as they are
+///   "bfloat16"  operands rounded to bfloat16, sums in float32, at twice the rate. With AVX512-BF16; a CPU
+///               without such an instruction, and float64, take "float32".
+///
+/// The vocabulary is cut into blocks of 256 words, and those into S slabs, 32 at most. Where S is small the
+/// rows are cut too, into G groups of 512 or more, so that there are up to 16 tasks for the threads; G = 1
+/// from S = 9 on. The results do not depend on the number of threads. The forward pass keeps a running
+/// log-sum-exp per position; the backward pass computes each block's logits again (as Wijmans et al. 2024,
+/// arXiv 2411.09009; Liger Kernel, arXiv 2410.10989, goes by rows instead) and multiplies their gradient on
+/// while it is in cache. Extra memory, in values of 4 bytes (8 for float64), with P threads:
 ///   forward   3 S N + 256 P (D + 272)
-///   backward  (S + 1) · 512 D + 256 P (2 D + 272), beside the gradients themselves
-/// and N D more for a copy of h if positions are ignored. bfloat16 is computed in float32, on copies of h and
-/// weight. Double backward is refused.
+///   backward  (S + 1) G · 512 D + 256 P (2 D + 272), beside the gradients; G V D more if G > 1
+/// and N D more for a copy of h if positions are ignored. bfloat16 tensors are computed in float32, on copies
+/// of h and weight. Precision "bfloat16" packs h once, N D / 2, and takes no more than the above otherwise.
+/// Double backward is refused.
 ///
 /// Errors: wrong dtypes, shapes that do not fit, V = 0, a target outside [0, V) that is not ignore_index,
-/// label_smoothing outside [0, 1), z_loss < 0, another reduction.
+/// label_smoothing outside [0, 1), z_loss < 0, another reduction or precision; and, as a ValueError, a
+/// position whose logits have a NaN or +inf (-inf in bias masks words).
+///
 /// Schema: flashlm::linear_cross_entropy(Tensor h, Tensor weight, Tensor? bias, Tensor target, *,
-///   float label_smoothing=0., float z_loss=0., int ignore_index=-100, str reduction="mean")
-///   -> (Tensor loss, Tensor nll)
+///   float label_smoothing=0., float z_loss=0., int ignore_index=-100, str reduction="mean",
+///   str precision="float32") -> (Tensor loss, Tensor nll)
 std::tuple<at::Tensor, at::Tensor> linear_cross_entropy(const at::Tensor& h, const at::Tensor& weight,
                                                         const std::optional<at::Tensor>& bias,
                                                         const at::Tensor& target, double label_smoothing = 0,
                                                         double z_loss = 0, int64_t ignore_index = -100,
-                                                        c10::string_view reduction = "mean");
+                                                        c10::string_view reduction = "mean",
+                                                        c10::string_view precision = "float32");
 
 }  // namespace flashlm

@@ -3,6 +3,7 @@
 
 #include <atomic>
 
+#include "ops/kernels/kernels.h"
 #include "ops/linear_cross_entropy.h"
 #include "tests/ops/check.h"
 #include "tests/ops/reference.h"
@@ -17,6 +18,7 @@ struct Options {
   double z_loss = 0;
   int64_t ignore_index = -100;
   std::string reduction = "mean";
+  std::string precision = "float32";
 };
 
 /// Words in [0, vocabulary), about one in five replaced by ignore_index if that is asked for.
@@ -47,7 +49,7 @@ std::optional<at::Tensor> optional(const at::Tensor& t) {
 
 std::tuple<at::Tensor, at::Tensor> run(const Tensors& t, const at::Tensor& target, const Options& o) {
   return linear_cross_entropy(t[0], t[1], optional(t[2]), target, o.label_smoothing, o.z_loss, o.ignore_index,
-                              o.reduction);
+                              o.reduction, o.precision);
 }
 
 std::tuple<at::Tensor, at::Tensor> run_reference(const Tensors& t, const at::Tensor& target,
@@ -87,6 +89,32 @@ void require_equals_reference(const Tensors& inputs, const at::Tensor& target, c
     INFO("gradient " << i);
     require_close(got[i], want[i].to(dtype), grad_tolerance);
   }
+}
+
+at::Tensor rounded_to_bfloat16(const at::Tensor& t) { return t.to(at::kBFloat16).to(at::kDouble); }
+
+/// In double, with the operands of all products rounded to bfloat16: loss, nll and the gradients of the
+/// loss's sum.
+Tensors rounded_reference(const Tensors& t, const at::Tensor& target, const Options& o) {
+  const at::Tensor h = rounded_to_bfloat16(t[0].detach()), weight = rounded_to_bfloat16(t[1].detach());
+  at::Tensor z = at::matmul(h, weight.t());
+  if (t[2].defined()) z = z + t[2].detach().to(at::kDouble);
+  z.requires_grad_();
+  const at::Tensor identity = at::eye(weight.size(0), at::kDouble);
+  const auto [loss, nll] = reference::linear_cross_entropy(
+      z, identity, std::nullopt, target, o.label_smoothing, o.z_loss, o.ignore_index, o.reduction);
+  const at::Tensor exact = torch::autograd::grad({loss.sum()}, {z})[0];
+  const at::Tensor grad = rounded_to_bfloat16(exact.to(at::kFloat));
+  Tensors out = {loss.detach(), nll.detach(), grad.matmul(weight), grad.t().matmul(h)};
+  if (t[2].defined()) out.push_back(exact.sum(0));
+  return out;
+}
+
+/// |got - want| <= tolerance |want|, in the 2-norm.
+void require_close_in_norm(const at::Tensor& got, const at::Tensor& want, double tolerance) {
+  REQUIRE(got.sizes() == want.sizes());
+  const double error = (got.to(at::kDouble) - want.to(at::kDouble)).norm().item<double>();
+  REQUIRE(error <= tolerance * want.to(at::kDouble).norm().item<double>());
 }
 
 /// Counts the bytes that tensors hold while it lives.
@@ -148,6 +176,15 @@ TEST_CASE("linear_cross_entropy equals its reference around its blocks", "[linea
       }
     }
   }
+}
+
+TEST_CASE("linear_cross_entropy of few words and many rows equals its reference", "[linear_cross_entropy]") {
+  // One group of rows, two, and so many that they take their turns twice.
+  const auto [positions, vocabulary] =
+      GENERATE(table<int64_t, int64_t>({{512, 224}, {1000, 224}, {1030, 2000}, {8800, 3}}));
+  const Options options{0.1, 1e-3, -100, "sum"};
+  const at::Tensor y = targets({positions}, vocabulary, options);
+  require_equals_reference(parameters({positions}, vocabulary, 16, true, at::kFloat), y, options, 4e-6, 1e-5);
 }
 
 TEST_CASE("linear_cross_entropy in every dtype, over GPT-2's vocabulary", "[linear_cross_entropy]") {
@@ -249,14 +286,112 @@ TEST_CASE("linear_cross_entropy: words masked by -inf, and NaN that is not hidde
   inputs[2].slice(0, 0, 400).fill_(-INFINITY);  // more than one whole block
   const Tensors kept = {inputs[0], inputs[1].slice(0, 400), inputs[2].slice(0, 400)};
   require_close(std::get<0>(run(inputs, y, {})), std::get<0>(run(kept, y - 400, {})), 1e-6);
-  inputs[1][450].fill_(NAN);
-  REQUIRE(std::get<0>(run(inputs, y, {})).isnan().item<bool>());
+}
+
+TEST_CASE("linear_cross_entropy refuses logits that are not finite, and says where",
+          "[linear_cross_entropy]") {
+  const std::string precision = GENERATE("float32", "bfloat16");
+  const Tensors inputs =
+      map(parameters({5}, 600, 3, true, at::kFloat), [](const at::Tensor& t) { return t.detach(); });
+  const at::Tensor y = at::tensor(std::vector<int64_t>{0, -100, 2, 3, 4});
+  const auto refused = [&](int64_t input, int64_t row, double value, const std::string& words) {
+    Tensors bad = inputs;
+    bad[input] = bad[input].clone();
+    bad[input][row].fill_(value);
+    REQUIRE_THROWS_AS(run(bad, y, {0, 0, -100, "mean", precision}), c10::ValueError);
+    require_error(
+        [&] {
+          run(bad, y, {0, 0, -100, "mean", precision});
+        },
+        "linear_cross_entropy: logits must be finite, got a log-sum-exp of " + words +
+            " (h, weight or bias has a NaN or an infinity)");
+  };
+  refused(0, 3, NAN, "nan at position 3");
+  refused(0, 2, INFINITY, "nan at position 2");
+  refused(1, 450, NAN, "nan at position 0");
+  refused(2, 599, NAN, "nan at position 0");
+  refused(2, 0, INFINITY, "nan at position 0");
+  // An ignored position is not looked at.
+  Tensors ignored = inputs;
+  ignored[0] = ignored[0].clone();
+  ignored[0][1].fill_(NAN);
+  REQUIRE(std::get<0>(run(ignored, y, {})).isfinite().item<bool>());
+}
+
+TEST_CASE("linear_cross_entropy in bfloat16 rounds the operands of its products, and no more",
+          "[linear_cross_entropy]") {
+  struct Shape {
+    int64_t positions, vocabulary, width;
+  };
+  const auto shape = GENERATE(Shape{1, 1, 1}, Shape{5, 1, 7}, Shape{3, 2, 64}, Shape{257, 17, 33},
+                              Shape{1030, 224, 64}, Shape{600, 255, 31}, Shape{600, 257, 32},
+                              Shape{514, 1000, 65}, Shape{40, 9000, 16}, Shape{0, 300, 8});
+  const int k = GENERATE(0, 1, 2);
+  const Options options{k == 0 ? 0 : 0.1, k == 1 ? 1e-2 : 0, k == 2 ? 0 : -100,
+                        std::vector<std::string>{"mean", "sum", "none"}[k], "bfloat16"};
+  const Tensors inputs = parameters({shape.positions}, shape.vocabulary, shape.width, k != 1, at::kFloat);
+  const at::Tensor y = targets({shape.positions}, shape.vocabulary, options, k > 0);
+  if (k == 0 && shape.positions == 0) return;  // the mean of nothing
+  INFO("N " << shape.positions << " V " << shape.vocabulary << " D " << shape.width << " options " << k);
+  const auto results = [&](const Options& o) {
+    const auto [loss, nll] = run(inputs, y, o);
+    Tensors out = {loss.detach(), nll};
+    Tensors leaves = inputs;
+    if (!leaves[2].defined()) leaves.pop_back();
+    for (auto& grad : torch::autograd::grad({loss.sum()}, leaves)) out.push_back(grad);
+    return out;
+  };
+  Options exact = options;
+  exact.precision = "float32";
+  const Tensors got = results(options), plain = results(exact);
+  if (kernels::table<float>().bf16_panel == 0) {
+    for (size_t i = 0; i < got.size(); ++i) require_equal(got[i], plain[i]);
+    return;
+  }
+  const Tensors want = rounded_reference(inputs, y, options);
+  REQUIRE(got.size() == want.size());
+  for (size_t i = 0; i < got.size(); ++i) {
+    INFO("result " << i);
+    // Values differ by float32's rounding of sums alone. So do the gradients of logits before they are
+    // rounded: 1e-6 of them; one in 2,000 then falls to the other side of a tie, by 2^-8 of itself. In the
+    // norm that is 1e-4 or, of few gradients, 2^-8 of the one that matters.
+    require_close_in_norm(got[i], want[i],
+                          i < 2                                       ? 4e-6
+                          : shape.positions * shape.vocabulary > 1000 ? 3e-4
+                                                                      : 4e-3);
+    // Rounding costs 2^-9 of each operand, less in a sum; more where summands cancel.
+    require_close_in_norm(got[i], plain[i], 3e-2);
+  }
+}
+
+TEST_CASE("linear_cross_entropy in bfloat16 is float32 for what is exact in bfloat16",
+          "[linear_cross_entropy]") {
+  // Logits are dyadic, so all but the gradients have the same bits; bfloat16 inputs get no other result.
+  const Tensors inputs = {dyadic({300, 24}), dyadic({700, 24}, at::kFloat, 1), at::Tensor()};
+  const at::Tensor y = targets({300}, 700, {});
+  const Options options{0.1, 1e-3, -100, "none", "bfloat16"};
+  const Options plain{0.1, 1e-3, -100, "none"};
+  require_equal(std::get<0>(run(inputs, y, options)), std::get<0>(run(inputs, y, plain)));
+  const Tensors small = map(inputs, [](const at::Tensor& t) { return t.to(at::kBFloat16); });
+  require_equal(std::get<0>(run(small, y, options)), std::get<0>(run(inputs, y, plain)));
+  const Tensors large =
+      map(parameters({9}, 300, 5, true, at::kDouble), [](const at::Tensor& t) { return t; });
+  const at::Tensor few = targets({9}, 300, {});
+  const auto loss = [&](const Options& o) {
+    return [&, o](const Tensors& t) { return std::get<0>(run(t, few, o)); };
+  };
+  const Tensors got = gradients(loss(options), large), want = gradients(loss(plain), large);
+  for (size_t i = 0; i < got.size(); ++i) require_equal(got[i], want[i]);
 }
 
 TEST_CASE("linear_cross_entropy does not depend on the number of threads", "[linear_cross_entropy]") {
-  const Tensors inputs = parameters({600}, 3000, 24, true, at::kFloat);
-  const Options options{0.1, 1e-3, -100, "mean"};
-  const at::Tensor y = targets({600}, 3000, options);
+  // Several slabs; one, and rows in groups; both, and more rows than fit one chunk of groups.
+  const auto [positions, vocabulary] =
+      GENERATE(table<int64_t, int64_t>({{600, 3000}, {2100, 224}, {1300, 1200}, {8800, 5}}));
+  const std::string precision = GENERATE("float32", "bfloat16");
+  const Tensors inputs = parameters({positions}, vocabulary, 24, true, at::kFloat);
+  const Options options{0.1, 1e-3, -100, "mean", precision};
+  const at::Tensor y = targets({positions}, vocabulary, options);
   require_same_for_any_threads([&] {
     Tensors out = gradients([&](const Tensors& t) { return std::get<0>(run(t, y, options)); }, inputs);
     const auto [loss, nll] = run(inputs, y, options);
@@ -320,6 +455,8 @@ TEST_CASE("linear_cross_entropy refuses wrong arguments in words", "[linear_cros
   fails({h, weight, bias}, y, {1}, "label_smoothing must be in [0, 1), got 1");
   fails({h, weight, bias}, y, {0, -1}, "z_loss must be >= 0, got -1");
   fails({h, weight, bias}, y, {0, 0, -100, "avg"}, "reduction must be mean, sum or none, got 'avg'");
+  fails({h, weight, bias}, y, {0, 0, -100, "mean", "fp8"},
+        "precision must be float32 or bfloat16, got 'fp8'");
 }
 
 TEST_CASE("linear_cross_entropy refuses double backward in words", "[linear_cross_entropy]") {

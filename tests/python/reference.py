@@ -63,7 +63,7 @@ def gated_conv(x, norm_scale, gate_weight, value_weight, history=None, *, dilati
 
 
 def linear_cross_entropy(
-    h, weight, bias, target, *, label_smoothing=0.0, z_loss=0.0, ignore_index=-100, reduction="mean"
+    h, weight, bias, target, *, label_smoothing=0.0, z_loss=0.0, ignore_index=-100, reduction="mean", precision="float32"
 ):
     z = F.linear(h, weight, bias)
     lse = z.logsumexp(-1)

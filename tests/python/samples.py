@@ -213,6 +213,9 @@ linear_cross_entropy("none", (6,), 5, 11, ignored=(1,), reduction="none", label_
 linear_cross_entropy("3d", (2, 3), 5, 11, reduction="none")
 linear_cross_entropy("several_blocks", (70,), 4, 600, label_smoothing=0.1)
 linear_cross_entropy("no_rows", (0,), 5, 11, reduction="sum")
+linear_cross_entropy("few_words", (1030,), 4, 9, ignored=(3, 600), label_smoothing=0.1)
+linear_cross_entropy("bfloat16", (70,), 12, 300, precision="bfloat16", label_smoothing=0.1, z_loss=1e-3)
+linear_cross_entropy("bfloat16_few_words", (1030,), 7, 9, bias=False, ignored=(3,), precision="bfloat16")
 
 # ---- calls that must be refused ----
 
@@ -249,6 +252,7 @@ REFUSALS = [
     Refusal("gated_conv", dict(norm_scale=torch.ones(3)), "norm_scale's size must be 4, got 3"),
     Refusal("gated_conv", dict(history=torch.ones(2, 3, 4)), "history must be (B, (K-1)*dilation, D)"),
     Refusal("linear_cross_entropy", dict(reduction="average"), "reduction must be"),
+    Refusal("linear_cross_entropy", dict(precision="fp8"), "precision must be"),
     Refusal("linear_cross_entropy", dict(target=torch.full((6,), 11)), "target must be in [0, V)"),
     Refusal("linear_cross_entropy", dict(target=torch.zeros(6)), "target must be int64"),
 ]
