@@ -3,9 +3,11 @@
 #pragma once
 
 #include "ops/adamw.h"
+#include "ops/adaptive_cross_entropy.h"
 #include "ops/bit_linear.h"
 #include "ops/causal_conv1d.h"
 #include "ops/gated_conv.h"
+#include "ops/hierarchical_cross_entropy.h"
 #include "ops/linear_cross_entropy.h"
 #include "ops/pack_ternary.h"
 #include "ops/packed_linear.h"

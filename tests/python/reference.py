@@ -62,6 +62,14 @@ def gated_conv(x, norm_scale, gate_weight, value_weight, history=None, *, dilati
     return x + gate.sigmoid() * causal_conv1d(h, value_weight, past, dilation=dilation, groups=groups)
 
 
+def reduce(loss, nll, kept, reduction):
+    """Values of all positions, 0 where they are not kept."""
+    if reduction == "none":
+        return loss, nll
+    count = kept.sum() if reduction == "mean" else 1
+    return loss.sum() / count, nll.sum() / count
+
+
 def linear_cross_entropy(
     h, weight, bias, target, *, label_smoothing=0.0, z_loss=0.0, ignore_index=-100, reduction="mean", precision="float32"
 ):
@@ -70,11 +78,7 @@ def linear_cross_entropy(
     kept = target != ignore_index
     nll = lse - z.gather(-1, target.where(kept, 0).unsqueeze(-1)).squeeze(-1)
     loss = (1 - label_smoothing) * nll + label_smoothing * (lse - z.mean(-1)) + z_loss * lse.square()
-    loss, nll = loss.where(kept, 0), nll.where(kept, 0).detach()
-    if reduction == "none":
-        return loss, nll
-    count = kept.sum() if reduction == "mean" else 1
-    return loss.sum() / count, nll.sum() / count
+    return reduce(loss.where(kept, 0), nll.where(kept, 0).detach(), kept, reduction)
 
 
 def pack_ternary(weight, *, quantizer="absmean"):
@@ -102,3 +106,73 @@ def packed_linear(x, packed, scale, out_features, norm_scale=None, *, activation
     if activation == "int8":
         x = int8_rows(x)
     return F.linear(x, unpack_ternary(packed, scale, out_features, x.size(-1)))
+
+
+def hierarchical_log_prob(h, class_weight, class_bias, word_weight, word_bias, class_words, class_offsets):
+    log_class = F.linear(h, class_weight, class_bias).log_softmax(-1)
+    z = F.linear(h, word_weight, word_bias)
+    classes = class_words.tensor_split(class_offsets[1:-1])
+    parts = [z[..., words].log_softmax(-1) + log_class[..., c, None] for c, words in enumerate(classes)]
+    return torch.cat(parts, -1)[..., class_words.argsort()]
+
+
+def hierarchical_cross_entropy(
+    h, class_weight, class_bias, word_weight, word_bias, class_words, class_offsets, target, *,
+    label_smoothing=0.0, z_loss=0.0, ignore_index=-100, reduction="mean", precision="float32",
+):
+    kept = target != ignore_index
+    place = class_words.argsort()[target.where(kept, 0)]
+    class_of_place = torch.arange(len(class_offsets) - 1).repeat_interleave(class_offsets.diff())
+    of_class = class_of_place[place]
+    level = dict(label_smoothing=label_smoothing, z_loss=z_loss, ignore_index=-1, reduction="none")
+    class_loss, class_nll = linear_cross_entropy(h, class_weight, class_bias, of_class.where(kept, -1), **level)
+    z = F.linear(h, word_weight, word_bias)[..., class_words]
+    same_class = class_of_place == of_class.unsqueeze(-1)
+    lse = z.where(same_class, -torch.inf).logsumexp(-1)
+    mean = z.where(same_class, 0).sum(-1) / same_class.sum(-1)
+    nll = lse - z.gather(-1, place.unsqueeze(-1)).squeeze(-1)
+    loss = (1 - label_smoothing) * nll + label_smoothing * (lse - mean) + z_loss * lse.square()
+    return reduce(class_loss + loss.where(kept, 0), class_nll + nll.where(kept, 0).detach(), kept, reduction)
+
+
+def hierarchical_top_k(h, class_weight, class_bias, word_weight, word_bias, class_words, class_offsets, k):
+    log_prob = hierarchical_log_prob(h, class_weight, class_bias, word_weight, word_bias, class_words, class_offsets)
+    return log_prob.topk(k)
+
+
+def hierarchical_sample(
+    h, class_weight, class_bias, word_weight, word_bias, class_words, class_offsets, *,
+    temperature=1.0, top_k=0, top_p=1.0, generator=None,
+):
+    """Where the options leave one word; distributions are for tests/ops."""
+    log_prob = hierarchical_log_prob(h, class_weight, class_bias, word_weight, word_bias, class_words, class_offsets)
+    return log_prob.argmax(-1)
+
+
+def adaptive_log_prob(h, head_weight, head_bias, tail_projections, tail_weights):
+    head = F.linear(h, head_weight, head_bias).log_softmax(-1)
+    shortlist = head.size(-1) - len(tail_weights)
+    tails = [
+        F.linear(F.linear(h, projection), weight).log_softmax(-1) + head[..., shortlist + i, None]
+        for i, (projection, weight) in enumerate(zip(tail_projections, tail_weights))
+    ]
+    return torch.cat([head[..., :shortlist], *tails], -1)
+
+
+def adaptive_cross_entropy(
+    h, head_weight, head_bias, tail_projections, tail_weights, target, *,
+    label_smoothing=0.0, z_loss=0.0, ignore_index=-100, reduction="mean", precision="float32",
+):
+    kept = target != ignore_index
+    first = len(head_weight) - len(tail_weights)
+    in_head, inputs = target.clamp(max=first), [(h, head_weight, head_bias)]
+    targets = [in_head]
+    for i, (projection, weight) in enumerate(zip(tail_projections, tail_weights)):
+        inside = (target >= first) & (target < first + len(weight))
+        in_head[inside] = len(head_weight) - len(tail_weights) + i
+        inputs.append((F.linear(h, projection), weight, None))
+        targets.append((target - first).where(inside, -1))
+        first += len(weight)
+    level = dict(label_smoothing=label_smoothing, z_loss=z_loss, ignore_index=-1, reduction="none")
+    losses = [linear_cross_entropy(*x, y.where(kept, -1), **level) for x, y in zip(inputs, targets)]
+    return reduce(sum(loss for loss, _ in losses), sum(nll for _, nll in losses), kept, reduction)

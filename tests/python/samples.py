@@ -3,6 +3,7 @@
 
 A new operator needs its reference in reference.py, samples and refusals here. test_ops.py does the rest."""
 
+import itertools
 import zlib
 from dataclasses import dataclass
 from typing import Callable
@@ -36,11 +37,18 @@ class Sample:
     def differentiable(self):
         return self.smooth + self.straight_through
 
+    @property
+    def derived_by_torch(self):
+        """A composite of torch's own operators, which know their derivatives of every order."""
+        return self.op in ("hierarchical_log_prob", "adaptive_log_prob")
+
     def output_dtype(self, dtype):
         """The inputs' own, but a loss or a weight in bfloat16 would be too coarse."""
         if self.op == "pack_ternary":
             return torch.uint8
-        coarse = self.op in ("linear_cross_entropy", "unpack_ternary")
+        if self.op == "hierarchical_sample":
+            return torch.int64
+        coarse = self.op == "unpack_ternary" or self.op.endswith(("cross_entropy", "log_prob", "top_k"))
         return torch.promote_types(dtype, torch.float32) if coarse else dtype
 
     def inputs(self, dtype, requires_grad=True):
@@ -48,8 +56,13 @@ class Sample:
         torch.manual_seed(zlib.crc32(str(self).encode()))
         out = self.make()
         for name, value in out.items():
-            if isinstance(value, torch.Tensor) and value.is_floating_point():
-                out[name] = value.to(dtype).requires_grad_(requires_grad and name in self.differentiable)
+
+            def convert(t, name=name):
+                if not isinstance(t, torch.Tensor) or not t.is_floating_point():
+                    return t
+                return t.to(dtype).requires_grad_(requires_grad and name in self.differentiable)
+
+            out[name] = [convert(t) for t in value] if isinstance(value, list) else convert(value)
         return out
 
 
@@ -217,6 +230,75 @@ linear_cross_entropy("few_words", (1030,), 4, 9, ignored=(3, 600), label_smoothi
 linear_cross_entropy("bfloat16", (70,), 12, 300, precision="bfloat16", label_smoothing=0.1, z_loss=1e-3)
 linear_cross_entropy("bfloat16_few_words", (1030,), 7, 9, bias=False, ignored=(3,), precision="bfloat16")
 
+# ---- hierarchical_*: classes of the sizes given, their words in any order ----
+
+
+def hierarchical(name, rows, width, sizes, bias=True, ignored=(), k=3, sample=None, **options):
+    def layers():
+        vocabulary = sum(sizes)
+        return dict(
+            h=randn(*rows, width),
+            class_weight=0.5 * randn(len(sizes), width),
+            class_bias=randn(len(sizes)) if bias else None,
+            word_weight=0.5 * randn(vocabulary, width),
+            word_bias=randn(vocabulary) if bias else None,
+            class_words=torch.randperm(vocabulary),
+            class_offsets=torch.tensor([0, *itertools.accumulate(sizes)]),
+        )
+
+    def with_target():
+        target = torch.randint(sum(sizes), rows)
+        target.view(-1)[list(ignored)] = options.get("ignore_index", -100)
+        return layers() | dict(target=target) | options
+
+    smooth = [n for n in ("h", "class_weight", "class_bias", "word_weight", "word_bias") if bias or "bias" not in n]
+    add("hierarchical_cross_entropy", name, with_target, smooth)
+    add("hierarchical_log_prob", name, layers, smooth)
+    add("hierarchical_top_k", name, lambda: layers() | dict(k=k))
+    add("hierarchical_sample", name, lambda: layers() | (sample or dict(temperature=0.0)))
+
+
+hierarchical("defaults", (6,), 5, (3, 1, 4, 2), bias=False)
+hierarchical("bias_smoothing_z", (7,), 5, (1, 5, 5), label_smoothing=0.1, z_loss=1e-2, sample=dict(top_k=1))
+hierarchical("ignored", (2, 3), 5, (3, 4), ignored=(0, 4), label_smoothing=0.2, k=7, sample=dict(top_p=1e-6))
+hierarchical("ignore_index", (6,), 4, (3, 4, 2), ignored=(2, 3), ignore_index=1, reduction="sum", z_loss=0.1)
+hierarchical("none", (6,), 5, (2, 7), ignored=(1,), reduction="none", label_smoothing=0.1, z_loss=1e-2)
+hierarchical("one_class", (3,), 5, (6,), bias=False, reduction="none", k=1)
+hierarchical("several_blocks", (70,), 4, (500, 100), label_smoothing=0.1)
+hierarchical("no_rows", (0,), 5, (3, 2), reduction="sum")
+
+# ---- adaptive_* ----
+
+
+def adaptive(name, rows, width, shortlist, tails, bias=True, ignored=(), **options):
+    """tails: (words, width) of each."""
+
+    def layers():
+        entries = shortlist + len(tails)
+        return dict(
+            h=randn(*rows, width),
+            head_weight=0.5 * randn(entries, width),
+            head_bias=randn(entries) if bias else None,
+            tail_projections=[0.5 * randn(narrow, width) for _, narrow in tails],
+            tail_weights=[0.5 * randn(words, narrow) for words, narrow in tails],
+        )
+
+    def with_target():
+        target = torch.randint(shortlist + sum(words for words, _ in tails), rows)
+        target.view(-1)[list(ignored)] = options.get("ignore_index", -100)
+        return layers() | dict(target=target) | options
+
+    smooth = ("h", "head_weight", *(("head_bias",) if bias else ()), "tail_projections", "tail_weights")
+    add("adaptive_cross_entropy", name, with_target, smooth)
+    add("adaptive_log_prob", name, layers, smooth)
+
+
+adaptive("defaults", (8,), 6, 3, [(4, 3), (5, 2)], bias=False)
+adaptive("bias_smoothing_z", (2, 3), 5, 4, [(6, 3)], label_smoothing=0.1, z_loss=1e-2)
+adaptive("ignore_index", (7,), 4, 2, [(3, 2), (4, 1)], ignored=(0, 5), ignore_index=1, reduction="sum")
+adaptive("none", (6,), 5, 2, [(3, 2), (1, 2)], ignored=(1,), reduction="none", label_smoothing=0.1)
+adaptive("no_rows", (0,), 5, 2, [(3, 2)], reduction="sum")
+
 # ---- calls that must be refused ----
 
 
@@ -255,4 +337,22 @@ REFUSALS = [
     Refusal("linear_cross_entropy", dict(precision="fp8"), "precision must be"),
     Refusal("linear_cross_entropy", dict(target=torch.full((6,), 11)), "target must be in [0, V)"),
     Refusal("linear_cross_entropy", dict(target=torch.zeros(6)), "target must be int64"),
+    Refusal("hierarchical_cross_entropy", dict(target=torch.full((6,), 10)), "target must be in [0, V) = [0, 10)"),
+    Refusal(
+        "hierarchical_cross_entropy",
+        dict(class_words=torch.tensor([0, 1, 2, 7, 3, 4, 5, 6, 7, 8])),
+        "class_words must name each word once, got word 7 at 3 and at 8",
+    ),
+    Refusal("hierarchical_cross_entropy", dict(precision="int8"), "precision must be float32 or bfloat16"),
+    Refusal(
+        "hierarchical_log_prob",
+        dict(class_offsets=torch.tensor([0, 3, 3, 8, 10])),
+        "class_offsets must rise, got 3 after 3 at 2",
+    ),
+    Refusal("hierarchical_log_prob", dict(word_weight=torch.ones(9, 5)), "class_words' size must be 9, got 10"),
+    Refusal("hierarchical_top_k", dict(k=11), "k must be at most V = 10, got 11"),
+    Refusal("hierarchical_sample", dict(top_p=0.0), "top_p must be in (0, 1], got 0"),
+    Refusal("hierarchical_sample", dict(temperature=-1.0), "temperature must be >= 0, got -1"),
+    Refusal("adaptive_cross_entropy", dict(target=torch.full((8,), 12)), "target must be in [0, V) = [0, 12)"),
+    Refusal("adaptive_log_prob", dict(tail_weights=[]), "tail_weights must have at least 1 tensor, got 0"),
 ]

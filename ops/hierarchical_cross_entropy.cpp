@@ -1,0 +1,1075 @@
+// SPDX-License-Identifier: Apache-2.0
+// The loss is linear_cross_entropy over the classes plus _hierarchical_words_forward, which takes the classes
+// as tasks: it gathers a class's positions and words, and then works on blocks of logits that never leave the
+// cache. log p of all words is a composite of ATen; top_k and sample go row by row and read the words of a
+// class only where its bounds do not settle the matter.
+#include "ops/hierarchical_cross_entropy.h"
+
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/core/DistributionsHelper.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <functional>
+#include <limits>
+#include <mutex>
+#include <numeric>
+#include <string>
+
+#include "ops/common.h"
+#include "ops/linear_cross_entropy.h"
+
+namespace flashlm {
+
+TORCH_LIBRARY_FRAGMENT(flashlm, m) {
+  m.def(
+      "hierarchical_cross_entropy(Tensor h, Tensor class_weight, Tensor? class_bias, Tensor word_weight, "
+      "Tensor? word_bias, Tensor class_words, Tensor class_offsets, Tensor target, *, "
+      "float label_smoothing=0., float z_loss=0., int ignore_index=-100, str reduction=\"mean\", "
+      "str precision=\"float32\") -> (Tensor loss, Tensor nll)",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "hierarchical_log_prob(Tensor h, Tensor class_weight, Tensor? class_bias, Tensor word_weight, "
+      "Tensor? word_bias, Tensor class_words, Tensor class_offsets) -> Tensor",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "hierarchical_top_k(Tensor h, Tensor class_weight, Tensor? class_bias, Tensor word_weight, "
+      "Tensor? word_bias, Tensor class_words, Tensor class_offsets, int k) -> (Tensor log_prob, Tensor word)",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "hierarchical_sample(Tensor h, Tensor class_weight, Tensor? class_bias, Tensor word_weight, "
+      "Tensor? word_bias, Tensor class_words, Tensor class_offsets, *, float temperature=1., int top_k=0, "
+      "float top_p=1., Generator? generator=None) -> Tensor",
+      {at::Tag::pt2_compliant_tag, at::Tag::nondeterministic_seeded});
+  m.def(
+      "_hierarchical_places(str op, Tensor class_words, Tensor class_offsets, Tensor word, int ignore_index) "
+      "-> (Tensor class_index, Tensor place)",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "_hierarchical_words_forward(Tensor h, Tensor word_weight, Tensor? word_bias, Tensor class_words, "
+      "Tensor class_offsets, Tensor place, float label_smoothing, float z_loss, str reduction) "
+      "-> (Tensor loss, Tensor nll, Tensor lse)",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "_hierarchical_words_backward(Tensor grad_loss, Tensor h, Tensor word_weight, Tensor? word_bias, "
+      "Tensor class_words, Tensor class_offsets, Tensor place, Tensor lse, float label_smoothing, "
+      "float z_loss, str reduction, bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
+      {at::Tag::pt2_compliant_tag});
+}
+
+std::tuple<at::Tensor, at::Tensor> hierarchical_cross_entropy(
+    const at::Tensor& h, const at::Tensor& class_weight, const std::optional<at::Tensor>& class_bias,
+    const at::Tensor& word_weight, const std::optional<at::Tensor>& word_bias, const at::Tensor& class_words,
+    const at::Tensor& class_offsets, const at::Tensor& target, double label_smoothing, double z_loss,
+    int64_t ignore_index, c10::string_view reduction, c10::string_view precision) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("flashlm::hierarchical_cross_entropy", "")
+                             .typed<decltype(hierarchical_cross_entropy)>();
+  return op.call(h, class_weight, class_bias, word_weight, word_bias, class_words, class_offsets, target,
+                 label_smoothing, z_loss, ignore_index, reduction, precision);
+}
+
+at::Tensor hierarchical_log_prob(const at::Tensor& h, const at::Tensor& class_weight,
+                                 const std::optional<at::Tensor>& class_bias, const at::Tensor& word_weight,
+                                 const std::optional<at::Tensor>& word_bias, const at::Tensor& class_words,
+                                 const at::Tensor& class_offsets) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("flashlm::hierarchical_log_prob", "")
+                             .typed<decltype(hierarchical_log_prob)>();
+  return op.call(h, class_weight, class_bias, word_weight, word_bias, class_words, class_offsets);
+}
+
+std::tuple<at::Tensor, at::Tensor> hierarchical_top_k(
+    const at::Tensor& h, const at::Tensor& class_weight, const std::optional<at::Tensor>& class_bias,
+    const at::Tensor& word_weight, const std::optional<at::Tensor>& word_bias, const at::Tensor& class_words,
+    const at::Tensor& class_offsets, int64_t k) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("flashlm::hierarchical_top_k", "")
+                             .typed<decltype(hierarchical_top_k)>();
+  return op.call(h, class_weight, class_bias, word_weight, word_bias, class_words, class_offsets, k);
+}
+
+at::Tensor hierarchical_sample(const at::Tensor& h, const at::Tensor& class_weight,
+                               const std::optional<at::Tensor>& class_bias, const at::Tensor& word_weight,
+                               const std::optional<at::Tensor>& word_bias, const at::Tensor& class_words,
+                               const at::Tensor& class_offsets, double temperature, int64_t top_k,
+                               double top_p, std::optional<at::Generator> generator) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("flashlm::hierarchical_sample", "")
+                             .typed<decltype(hierarchical_sample)>();
+  return op.call(h, class_weight, class_bias, word_weight, word_bias, class_words, class_offsets, temperature,
+                 top_k, top_p, std::move(generator));
+}
+
+namespace {
+
+using Tensor = at::Tensor;
+using OptionalTensor = std::optional<at::Tensor>;
+using TwoTensors = std::tuple<Tensor, Tensor>;
+using ThreeTensors = std::tuple<Tensor, Tensor, Tensor>;
+
+constexpr const char* kLoss = "hierarchical_cross_entropy";
+
+// ---- checks ----
+
+void check_h(const char* op, const Tensor& h) {
+  check_floating(op, "h", h);
+  TORCH_CHECK(h.dim() >= 1, op, ": h must have at least 1 dimension, got 0");
+}
+
+void check_dtype_of_h(const char* op, const std::string& name, const Tensor& t, const Tensor& h) {
+  TORCH_CHECK(t.scalar_type() == h.scalar_type(), op, ": ", name, " must have h's dtype ", h.scalar_type(),
+              ", got ", t.scalar_type());
+}
+
+/// One level's weight and bias: "class_weight" and "class_bias", or the words'.
+void check_level(const char* op, const std::string& level, const Tensor& weight, const OptionalTensor& bias,
+                 const Tensor& h) {
+  const std::string weight_name = level + "_weight", bias_name = level + "_bias";
+  check_dtype_of_h(op, weight_name, weight, h);
+  check_dim(op, weight_name.c_str(), weight, 2);
+  check_size(op, (weight_name + "'s last dimension").c_str(), weight.sym_size(1), h.sym_size(-1));
+  TORCH_SYM_CHECK(weight.sym_size(0).sym_gt(0), op, ": ", weight_name, " must have at least 1 row, got 0");
+  if (!bias) return;
+  check_dtype_of_h(op, bias_name, *bias, h);
+  check_dim(op, bias_name.c_str(), *bias, 1);
+  check_size(op, (bias_name + "'s size").c_str(), bias->sym_size(0), weight.sym_size(0));
+}
+
+void check_indices(const char* op, const char* name, const Tensor& t) {
+  TORCH_CHECK(t.scalar_type() == at::kLong, op, ": ", name, " must be int64, got ", t.scalar_type());
+  check_dim(op, name, t, 1);
+}
+
+/// What is known of the classes without reading them; the rest is for Classes.
+void check_classes(const char* op, const Tensor& class_words, const Tensor& class_offsets,
+                   const Tensor& word_weight) {
+  check_indices(op, "class_words", class_words);
+  check_size(op, "class_words' size", class_words.sym_size(0), word_weight.sym_size(0));
+  check_indices(op, "class_offsets", class_offsets);
+}
+
+void check_all(const char* op, const Tensor& h, const Tensor& class_weight, const OptionalTensor& class_bias,
+               const Tensor& word_weight, const OptionalTensor& word_bias, const Tensor& class_words,
+               const Tensor& class_offsets) {
+  check_h(op, h);
+  check_level(op, "class", class_weight, class_bias, h);
+  check_level(op, "word", word_weight, word_bias, h);
+  check_classes(op, class_words, class_offsets, word_weight);
+  check_size(op, "class_offsets' size, C + 1,", class_offsets.sym_size(0), class_weight.sym_size(0) + 1);
+}
+
+void check_shape(const char* rule, const Tensor& t, c10::SymIntArrayRef want) {
+  TORCH_CHECK(t.dim() == static_cast<int64_t>(want.size()), kLoss, ": ", rule, " ", want, ", got ",
+              t.sym_sizes());
+  for (int64_t d = 0; d < t.dim(); ++d) {
+    TORCH_SYM_CHECK(t.sym_size(d).sym_eq(want[d]), kLoss, ": ", rule, " ", want, ", got ", t.sym_sizes());
+  }
+}
+
+/// class_words and class_offsets, read and checked but for words that are named twice.
+struct Classes {
+  Classes(const char* op, const Tensor& class_words, const Tensor& class_offsets)
+      : words_tensor(class_words.contiguous()),
+        offsets_tensor(class_offsets.contiguous()),
+        words(words_tensor.const_data_ptr<int64_t>()),
+        offsets(offsets_tensor.const_data_ptr<int64_t>()),
+        count(class_offsets.numel() - 1),
+        vocabulary(class_words.numel()) {
+    TORCH_CHECK(count >= 1, op, ": class_offsets must have at least 2 values, got ", count + 1);
+    TORCH_CHECK(offsets[0] == 0 && offsets[count] == vocabulary, op,
+                ": class_offsets must go from 0 to V = ", vocabulary, ", got ", offsets[0], " to ",
+                offsets[count]);
+    for (int64_t c = 0; c < count; ++c) {
+      TORCH_CHECK(offsets[c] < offsets[c + 1], op, ": class_offsets must rise, got ", offsets[c + 1],
+                  " after ", offsets[c], " at ", c + 1);
+    }
+    for (int64_t i = 0; i < vocabulary; ++i) {
+      TORCH_CHECK(words[i] >= 0 && words[i] < vocabulary, op, ": class_words must be in [0, V) = [0, ",
+                  vocabulary, "), got ", words[i], " at ", i);
+    }
+  }
+
+  int64_t size(int64_t c) const { return offsets[c + 1] - offsets[c]; }
+  /// The class of class_words[place].
+  int64_t of_place(int64_t place) const {
+    return std::upper_bound(offsets, offsets + count + 1, place) - offsets - 1;
+  }
+
+  Tensor words_tensor, offsets_tensor;
+  const int64_t *words, *offsets;
+  int64_t count, vocabulary;
+};
+
+// ---- where words stand: their classes, and their places in class_words ----
+
+TwoTensors places(c10::string_view name, const Tensor& class_words, const Tensor& class_offsets,
+                  const Tensor& word, int64_t ignore_index) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("flashlm::_hierarchical_places", "")
+                             .typed<decltype(places)>();
+  return op.call(name, class_words, class_offsets, word, ignore_index);
+}
+
+TwoTensors new_places(c10::string_view /*name*/, const Tensor& class_words, const Tensor& class_offsets,
+                      const Tensor& word, int64_t /*ignore_index*/) {
+  check_indices(kLoss, "class_words", class_words);
+  check_indices(kLoss, "class_offsets", class_offsets);
+  TORCH_CHECK(word.scalar_type() == at::kLong, kLoss, ": target must be int64, got ", word.scalar_type());
+  const auto shape = word.sym_sizes();
+  return {at::empty_symint(shape, word.options()), at::empty_symint(shape, word.options())};
+}
+
+/// -1 and -1 for an ignored word: any other ignore_index may be a class.
+TwoTensors places_cpu(c10::string_view name, const Tensor& class_words, const Tensor& class_offsets,
+                      const Tensor& word, int64_t ignore_index) {
+  const std::string op(name);
+  auto [class_index, place] = new_places(name, class_words, class_offsets, word, ignore_index);
+  const Classes classes(op.c_str(), class_words, class_offsets);
+  std::vector<int64_t> place_of(classes.vocabulary, -1);
+  for (int64_t i = 0; i < classes.vocabulary; ++i) {
+    int64_t& at = place_of[classes.words[i]];
+    TORCH_CHECK(at < 0, op, ": class_words must name each word once, got word ", classes.words[i], " at ", at,
+                " and at ", i);
+    at = i;
+  }
+  const Tensor words = word.contiguous();
+  const int64_t* w = words.const_data_ptr<int64_t>();
+  int64_t* to_class = class_index.mutable_data_ptr<int64_t>();
+  int64_t* to_place = place.mutable_data_ptr<int64_t>();
+  for (int64_t i = 0; i < words.numel(); ++i) {
+    if (w[i] == ignore_index) {
+      to_class[i] = to_place[i] = -1;
+      continue;
+    }
+    TORCH_CHECK(w[i] >= 0 && w[i] < classes.vocabulary, op, ": target must be in [0, V) = [0, ",
+                classes.vocabulary, ") or ignore_index ", ignore_index, ", got ", w[i], " at position ", i);
+    to_place[i] = place_of[w[i]];
+    to_class[i] = classes.of_place(to_place[i]);
+  }
+  return {class_index, place};
+}
+
+// ---- the loss's second level: shapes ----
+
+ThreeTensors words_forward(const Tensor& h, const Tensor& word_weight, const OptionalTensor& word_bias,
+                           const Tensor& class_words, const Tensor& class_offsets, const Tensor& place,
+                           double label_smoothing, double z_loss, c10::string_view reduction) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("flashlm::_hierarchical_words_forward", "")
+                             .typed<decltype(words_forward)>();
+  return op.call(h, word_weight, word_bias, class_words, class_offsets, place, label_smoothing, z_loss,
+                 reduction);
+}
+
+ThreeTensors words_backward(const Tensor& grad_loss, const Tensor& h, const Tensor& word_weight,
+                            const OptionalTensor& word_bias, const Tensor& class_words,
+                            const Tensor& class_offsets, const Tensor& place, const Tensor& lse,
+                            double label_smoothing, double z_loss, c10::string_view reduction,
+                            std::array<bool, 3> output_mask) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("flashlm::_hierarchical_words_backward", "")
+                             .typed<decltype(words_backward)>();
+  return op.call(grad_loss, h, word_weight, word_bias, class_words, class_offsets, place, lse,
+                 label_smoothing, z_loss, reduction, output_mask);
+}
+
+ThreeTensors new_outputs(const Tensor& h, const Tensor& word_weight, const OptionalTensor& word_bias,
+                         const Tensor& class_words, const Tensor& class_offsets, const Tensor& place,
+                         double label_smoothing, double z_loss, c10::string_view reduction) {
+  check_h(kLoss, h);
+  check_level(kLoss, "word", word_weight, word_bias, h);
+  check_classes(kLoss, class_words, class_offsets, word_weight);
+  check_shape("target's shape must be h's leading dimensions", place, h.sym_sizes().slice(0, h.dim() - 1));
+  TORCH_CHECK(label_smoothing >= 0 && label_smoothing < 1, kLoss, ": label_smoothing must be in [0, 1), got ",
+              label_smoothing);
+  TORCH_CHECK(z_loss >= 0, kLoss, ": z_loss must be >= 0, got ", z_loss);
+  TORCH_CHECK(reduction == "mean" || reduction == "sum" || reduction == "none", kLoss,
+              ": reduction must be mean, sum or none, got '", reduction, "'");
+  const auto options = h.options().dtype(compute_dtype(h));
+  const auto positions = place.sym_sizes();
+  const auto reduced = reduction == "none" ? positions : c10::SymIntArrayRef();
+  return {at::empty_symint(reduced, options), at::empty_symint(reduced, options),
+          at::empty_symint(positions, options)};
+}
+
+ThreeTensors new_gradients(const Tensor& grad_loss, const Tensor& h, const Tensor& word_weight,
+                           const OptionalTensor& word_bias, const Tensor& class_words,
+                           const Tensor& class_offsets, const Tensor& place, const Tensor& lse,
+                           double label_smoothing, double z_loss, c10::string_view reduction,
+                           std::array<bool, 3> output_mask) {
+  new_outputs(h, word_weight, word_bias, class_words, class_offsets, place, label_smoothing, z_loss,
+              reduction);
+  check_shape("grad_loss's shape must be the loss's", grad_loss,
+              reduction == "none" ? place.sym_sizes() : c10::SymIntArrayRef());
+  check_shape("lse's shape must be target's", lse, place.sym_sizes());
+  TORCH_CHECK(word_bias || !output_mask[2], kLoss, ": no gradient of a bias that is not given");
+  return {output_mask[0] ? h.new_empty_symint(h.sym_sizes()) : no_grad(),
+          output_mask[1] ? word_weight.new_empty_symint(word_weight.sym_sizes()) : no_grad(),
+          output_mask[2] ? word_bias->new_empty_symint(word_bias->sym_sizes()) : no_grad()};
+}
+
+// ---- what both passes work on ----
+
+constexpr int64_t kBlockRows = 256;
+constexpr int64_t kBlockWords = 256;
+// A row of a block in memory: 16 more, so that a column does not fall on a handful of the cache's sets.
+constexpr int64_t kBlockStride = kBlockWords + 16;
+
+/// The arguments as the kernels read them, and the positions grouped by class.
+struct Problem {
+  Problem(const Tensor& h_in, const Tensor& weight_in, const OptionalTensor& bias_in,
+          const Tensor& class_words, const Tensor& class_offsets, const Tensor& place_in)
+      : classes(kLoss, class_words, class_offsets),
+        width(h_in.size(-1)),
+        h(kernel_input(h_in, h_in)),
+        weight(kernel_input(weight_in, h_in)),
+        bias(bias_in ? kernel_input(*bias_in, h_in) : Tensor()),
+        first(classes.count + 1),
+        dearest(classes.count) {
+    const Tensor all = place_in.contiguous();
+    const int64_t* place_of = all.const_data_ptr<int64_t>();
+    std::vector<int64_t> class_of(all.numel());
+    for (int64_t i = 0; i < all.numel(); ++i) {
+      class_of[i] = place_of[i] < 0 ? -1 : classes.of_place(place_of[i]);
+      if (place_of[i] < 0) {
+        ignored.push_back(i);
+      } else {
+        ++first[class_of[i] + 1];
+      }
+    }
+    std::partial_sum(first.begin(), first.end(), first.begin());
+    positions.resize(first.back());
+    places.resize(first.back());
+    std::vector<int64_t> next(first.begin(), first.end() - 1);
+    for (int64_t i = 0; i < all.numel(); ++i) {
+      if (place_of[i] < 0) continue;
+      const int64_t row = next[class_of[i]]++;
+      positions[row] = i;
+      places[row] = place_of[i];
+    }
+    std::iota(dearest.begin(), dearest.end(), 0);
+    const auto cost = [&](int64_t c) { return (rows(c) + 1) * classes.size(c); };
+    std::sort(dearest.begin(), dearest.end(), [&](int64_t a, int64_t b) { return cost(a) > cost(b); });
+  }
+
+  int64_t rows(int64_t c) const { return first[c + 1] - first[c]; }
+
+  Classes classes;
+  int64_t width;
+  Tensor h;                        // (..., width)
+  Tensor weight;                   // (V, width)
+  Tensor bias;                     // (V), or undefined
+  std::vector<int64_t> first;      // class c has the rows first[c] .. first[c + 1]
+  std::vector<int64_t> dearest;    // the classes, by falling cost
+  std::vector<int64_t> positions;  // of each row
+  std::vector<int64_t> places;     // of each row's target
+  std::vector<int64_t> ignored;    // positions that are not among the rows
+};
+
+/// Hands the classes out, the dearest first so that threads end together. Each is one thread's whole work and
+/// writes results of its own, so that who gets which does not matter.
+class Tasks {
+ public:
+  explicit Tasks(const Problem& p) : classes_(p.dearest) {}
+
+  /// The next class, or -1.
+  int64_t next() {
+    const size_t i = next_++;
+    return i < classes_.size() ? classes_[i] : -1;
+  }
+
+ private:
+  const std::vector<int64_t>& classes_;
+  std::atomic<size_t> next_{0};
+};
+
+/// body() on every thread.
+template <class Body>
+void on_all_threads(const Body& body) {
+  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) { body(); });
+}
+
+template <class T>
+void gather_rows(const T* from, int64_t rows, int64_t width, const int64_t* index, T* to) {
+  for (int64_t r = 0; r < rows; ++r) std::copy_n(from + index[r] * width, width, to + r * width);
+}
+
+template <class T>
+void scatter_rows(const T* from, int64_t rows, int64_t width, const int64_t* index, T* to) {
+  for (int64_t r = 0; r < rows; ++r) std::copy_n(from + r * width, width, to + index[r] * width);
+}
+
+/// body(begin, size) for each block of n.
+template <class Body>
+void for_each_block(int64_t n, int64_t block, const Body& body) {
+  for (int64_t begin = 0; begin < n; begin += block) body(begin, std::min(block, n - begin));
+}
+
+template <class T>
+int64_t packed_width(int64_t n) {
+  return round_up(n, kernels::table<T>().gemm_panel);
+}
+
+/// One thread's view of the class that it works on: its rows of h and, a block at a time, its words.
+template <class T>
+struct ClassBlocks {
+  explicit ClassBlocks(const Problem& problem)
+      : p(problem),
+        weight(kBlockWords * p.width),
+        columns(p.width * packed_width<T>(kBlockWords)),
+        bias(kBlockWords),
+        z(kBlockRows * kBlockStride) {}
+
+  void start(int64_t c) {
+    first_row = p.first[c];
+    rows = p.rows(c);
+    first_place = p.classes.offsets[c];
+    words = p.classes.size(c);
+    h.resize(rows * p.width);
+    gather_rows(p.h.const_data_ptr<T>(), rows, p.width, p.positions.data() + first_row, h.data);
+  }
+
+  /// The numbers of the class's words from its word-th on.
+  const int64_t* numbers(int64_t word) const { return p.classes.words + first_place + word; }
+
+  void load_words(int64_t word, int64_t count) {
+    gather_rows(p.weight.const_data_ptr<T>(), count, p.width, numbers(word), weight.data);
+    kernels::table<T>().gemm_pack(p.width, count, weight.data, 1, p.width, columns.data);
+    if (p.bias.defined()) gather_rows(p.bias.const_data_ptr<T>(), count, 1, numbers(word), bias.data);
+  }
+
+  /// z = the logits of a block of the class's rows by the `words` that are loaded.
+  void logits(int64_t row, int64_t row_count, int64_t count) {
+    if (p.bias.defined()) {
+      for (int64_t r = 0; r < row_count; ++r) std::copy_n(bias.data, count, z.data + r * kBlockStride);
+    }
+    kernels::table<T>().gemm(row_count, count, p.width, h.data + row * p.width, p.width, 1, columns.data,
+                             z.data, kBlockStride, p.bias.defined());
+  }
+
+  /// body(r, z of its target) for each of the block's rows whose target is among the words that are loaded.
+  template <class Body>
+  void for_each_target(int64_t row, int64_t row_count, int64_t word, int64_t count, const Body& body) {
+    for (int64_t r = row; r < row + row_count; ++r) {
+      const int64_t column = p.places[first_row + r] - first_place - word;
+      if (column >= 0 && column < count) body(r, z.data[(r - row) * kBlockStride + column]);
+    }
+  }
+
+  const Problem& p;
+  int64_t first_row, rows, first_place, words;
+  Scratch<T> h;       // (rows, width)
+  Scratch<T> weight;  // a block of words, (words, width)
+  Scratch<T> columns, bias, z;
+};
+
+// ---- forward ----
+
+template <class T>
+ThreeTensors forward_as(const Problem& p, at::IntArrayRef shape, double label_smoothing, double z_loss,
+                        c10::string_view reduction) {
+  const auto& table = kernels::table<T>();
+  const Tensor loss = at::zeros(shape, p.h.options()), nll = at::zeros_like(loss), lse = at::zeros_like(loss);
+  T* losses = loss.mutable_data_ptr<T>();
+  T* nlls = nll.mutable_data_ptr<T>();
+  T* lses = lse.mutable_data_ptr<T>();
+  Tasks tasks(p);
+  on_all_threads([&] {
+    ClassBlocks<T> b(p);
+    Scratch<T> max, sum_exp, sum_z, z_target;
+    for (int64_t c; (c = tasks.next()) >= 0;) {
+      if (p.rows(c) == 0) continue;
+      b.start(c);
+      for (Scratch<T>* s : {&max, &sum_exp, &sum_z, &z_target}) s->resize(b.rows);
+      std::fill_n(max.data, b.rows, std::numeric_limits<T>::lowest());
+      std::fill_n(sum_exp.data, b.rows, T(0));
+      std::fill_n(sum_z.data, b.rows, T(0));
+      for_each_block(b.words, kBlockWords, [&](int64_t word, int64_t words) {
+        b.load_words(word, words);
+        for_each_block(b.rows, kBlockRows, [&](int64_t row, int64_t rows) {
+          b.logits(row, rows, words);
+          table.cross_entropy(rows, words, b.z.data, kBlockStride, max.data + row, sum_exp.data + row,
+                              sum_z.data + row);
+          b.for_each_target(row, rows, word, words, [&](int64_t r, T z) { z_target.data[r] = z; });
+        });
+      });
+      for (int64_t r = 0; r < b.rows; ++r) {
+        const double lse_r = max.data[r] + std::log(static_cast<double>(sum_exp.data[r]));
+        const double nll_r = lse_r - z_target.data[r];
+        double loss_r = nll_r + z_loss * lse_r * lse_r;
+        // Not 0 * infinity when words are masked by a bias of -inf.
+        if (label_smoothing > 0) {
+          loss_r += label_smoothing * (z_target.data[r] - sum_z.data[r] / static_cast<double>(b.words));
+        }
+        const int64_t position = p.positions[b.first_row + r];
+        lses[position] = static_cast<T>(lse_r);
+        nlls[position] = static_cast<T>(nll_r);
+        losses[position] = static_cast<T>(loss_r);
+      }
+    }
+  });
+  double loss_sum = 0, nll_sum = 0;
+  for (int64_t i = 0; i < lse.numel(); ++i) {
+    TORCH_CHECK_VALUE(std::isfinite(lses[i]), kLoss,
+                      ": logits must be finite, got a log-sum-exp over a class's words of ", lses[i],
+                      " at position ", i);
+    loss_sum += losses[i];
+    nll_sum += nlls[i];
+  }
+  if (reduction == "none") return {loss, nll, lse};
+  const double count = reduction == "mean" ? static_cast<double>(p.positions.size()) : 1;
+  return {at::full({}, loss_sum / count, lse.options()), at::full({}, nll_sum / count, lse.options()), lse};
+}
+
+ThreeTensors forward_cpu(const Tensor& h, const Tensor& word_weight, const OptionalTensor& word_bias,
+                         const Tensor& class_words, const Tensor& class_offsets, const Tensor& place,
+                         double label_smoothing, double z_loss, c10::string_view reduction) {
+  new_outputs(h, word_weight, word_bias, class_words, class_offsets, place, label_smoothing, z_loss,
+              reduction);
+  const Problem p(h, word_weight, word_bias, class_words, class_offsets, place);
+  ThreeTensors out;
+  dispatch(h, [&](auto t) {
+    out = forward_as<decltype(t)>(p, place.sizes(), label_smoothing, z_loss, reduction);
+  });
+  return out;
+}
+
+// ---- backward ----
+
+/// The gradient of row r's logits is factor p - shift - [at the target] hit.
+template <class T>
+struct RowGradients {
+  RowGradients(const Problem& p, const Tensor& grad_loss, const Tensor& lse_in, double label_smoothing,
+               double z_loss, c10::string_view reduction) {
+    const double scale = reduction == "mean" ? 1 / static_cast<double>(p.positions.size()) : 1;
+    const Tensor g = kernel_input(grad_loss, p.h), l = kernel_input(lse_in, p.h);
+    for (int64_t c = 0; c < p.classes.count; ++c) {
+      for (int64_t r = p.first[c]; r < p.first[c + 1]; ++r) {
+        const double lse_r = l.const_data_ptr<T>()[p.positions[r]];
+        const double grad = g.const_data_ptr<T>()[reduction == "none" ? p.positions[r] : 0] * scale;
+        lse.push_back(static_cast<T>(lse_r));
+        factor.push_back(static_cast<T>(grad * (1 + 2 * z_loss * lse_r)));
+        shift.push_back(static_cast<T>(grad * label_smoothing / static_cast<double>(p.classes.size(c))));
+        hit.push_back(static_cast<T>(grad * (1 - label_smoothing)));
+      }
+    }
+  }
+  std::vector<T> lse, factor, shift, hit;
+};
+
+template <class T>
+void add_column_sums(int64_t rows, int64_t words, const T* z, T* sum) {
+  for (int64_t r = 0; r < rows; ++r, z += kBlockStride) {
+    for (int64_t i = 0; i < words; ++i) sum[i] += z[i];
+  }
+}
+
+template <class T>
+ThreeTensors backward_as(const Problem& p, const RowGradients<T>& g, std::array<bool, 3> output_mask) {
+  const auto& table = kernels::table<T>();
+  const Tensor grad_h = output_mask[0] ? at::empty_like(p.h) : no_grad();
+  const Tensor grad_weight = output_mask[1] ? at::empty_like(p.weight) : no_grad();
+  const Tensor grad_bias = output_mask[2] ? at::empty_like(p.bias) : no_grad();
+  const auto data = [](const Tensor& t) { return t.defined() ? t.mutable_data_ptr<T>() : nullptr; };
+  T* const to_h = data(grad_h);
+  T* const to_weight = data(grad_weight);
+  T* const to_bias = data(grad_bias);
+  const int64_t width = p.width, packed_row = packed_width<T>(width);
+  if (to_h) {
+    for (const int64_t i : p.ignored) std::fill_n(to_h + i * width, width, T(0));
+  }
+  Tasks tasks(p);
+  on_all_threads([&] {
+    ClassBlocks<T> b(p);
+    Scratch<T> packed_h, rows_of_weight(to_h ? kBlockWords * packed_row : 0), class_grad_h;
+    Scratch<T> block_grad_weight(to_weight ? kBlockWords * width : 0), block_grad_bias(kBlockWords);
+    for (int64_t c; (c = tasks.next()) >= 0;) {
+      b.start(c);
+      if (to_h) class_grad_h.resize(b.rows * width);
+      if (to_weight) {
+        packed_h.resize(b.rows * packed_row);
+        for_each_block(b.rows, kBlockRows, [&](int64_t row, int64_t rows) {
+          table.gemm_pack(rows, width, b.h.data + row * width, width, 1, packed_h.data + row * packed_row);
+        });
+      }
+      for_each_block(b.words, kBlockWords, [&](int64_t word, int64_t words) {
+        if (b.rows == 0) {
+          std::fill_n(block_grad_weight.data, to_weight ? words * width : 0, T(0));
+        } else {
+          b.load_words(word, words);
+          if (to_h) table.gemm_pack(words, width, b.weight.data, width, 1, rows_of_weight.data);
+        }
+        std::fill_n(block_grad_bias.data, words, T(0));
+        for_each_block(b.rows, kBlockRows, [&](int64_t row, int64_t rows) {
+          const int64_t first = b.first_row + row;
+          b.logits(row, rows, words);
+          table.cross_entropy_backward(rows, words, b.z.data, kBlockStride, g.lse.data() + first,
+                                       g.factor.data() + first, g.shift.data() + first);
+          b.for_each_target(row, rows, word, words,
+                            [&](int64_t r, T& grad) { grad -= g.hit[b.first_row + r]; });
+          if (to_h) {
+            table.gemm(rows, width, words, b.z.data, kBlockStride, 1, rows_of_weight.data,
+                       class_grad_h.data + row * width, width, word > 0);
+          }
+          if (to_weight) {
+            table.gemm(words, width, rows, b.z.data, 1, kBlockStride, packed_h.data + row * packed_row,
+                       block_grad_weight.data, width, row > 0);
+          }
+          if (to_bias) add_column_sums(rows, words, b.z.data, block_grad_bias.data);
+        });
+        if (to_weight) scatter_rows(block_grad_weight.data, words, width, b.numbers(word), to_weight);
+        if (to_bias) scatter_rows(block_grad_bias.data, words, 1, b.numbers(word), to_bias);
+      });
+      if (to_h) scatter_rows(class_grad_h.data, b.rows, width, p.positions.data() + b.first_row, to_h);
+    }
+  });
+  return {grad_h, grad_weight, grad_bias};
+}
+
+ThreeTensors backward_cpu(const Tensor& grad_loss, const Tensor& h, const Tensor& word_weight,
+                          const OptionalTensor& word_bias, const Tensor& class_words,
+                          const Tensor& class_offsets, const Tensor& place, const Tensor& lse,
+                          double label_smoothing, double z_loss, c10::string_view reduction,
+                          std::array<bool, 3> output_mask) {
+  new_gradients(grad_loss, h, word_weight, word_bias, class_words, class_offsets, place, lse, label_smoothing,
+                z_loss, reduction, output_mask);
+  const Problem p(h, word_weight, word_bias, class_words, class_offsets, place);
+  ThreeTensors grads;
+  dispatch(h, [&](auto t) {
+    const RowGradients<decltype(t)> g(p, grad_loss, lse, label_smoothing, z_loss, reduction);
+    grads = backward_as(p, g, output_mask);
+  });
+  const auto as_input = [&](const Tensor& t) { return t.defined() ? t.to(h.scalar_type()) : t; };
+  auto& [grad_h, grad_weight, grad_bias] = grads;
+  return {as_input(grad_h), as_input(grad_weight), as_input(grad_bias)};
+}
+
+// ---- autograd ----
+
+struct HierarchicalWords : torch::autograd::Function<HierarchicalWords> {
+  static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx, const Tensor& h,
+                                                const Tensor& word_weight, const OptionalTensor& word_bias,
+                                                const Tensor& class_words, const Tensor& class_offsets,
+                                                const Tensor& place, double label_smoothing, double z_loss,
+                                                const std::string& reduction) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto [loss, nll, lse] = words_forward(h, word_weight, word_bias, class_words, class_offsets, place,
+                                          label_smoothing, z_loss, reduction);
+    ctx->mark_non_differentiable({nll, lse});
+    ctx->save_for_backward(
+        {h, word_weight, word_bias.value_or(Tensor()), class_words, class_offsets, place, lse});
+    ctx->saved_data["label_smoothing"] = label_smoothing;
+    ctx->saved_data["z_loss"] = z_loss;
+    ctx->saved_data["reduction"] = reduction;
+    return {loss, nll, lse};
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                                 const torch::autograd::variable_list& grads) {
+    const auto saved = ctx->get_saved_variables();
+    const OptionalTensor word_bias = saved[2].defined() ? OptionalTensor(saved[2]) : std::nullopt;
+    auto& data = ctx->saved_data;
+    // Inputs that are not tensors, a missing bias too, are not counted by needs_input_grad.
+    auto [grad_h, grad_weight, grad_bias] = words_backward(
+        grads[0], saved[0], saved[1], word_bias, saved[3], saved[4], saved[5], saved[6],
+        data["label_smoothing"].toDouble(), data["z_loss"].toDouble(), data["reduction"].toStringRef(),
+        {ctx->needs_input_grad(0), ctx->needs_input_grad(1), word_bias && ctx->needs_input_grad(2)});
+    return {grad_h,    grad_weight, grad_bias, no_grad(), no_grad(),
+            no_grad(), no_grad(),   no_grad(), no_grad()};
+  }
+};
+
+ThreeTensors forward_autograd(const Tensor& h, const Tensor& word_weight, const OptionalTensor& word_bias,
+                              const Tensor& class_words, const Tensor& class_offsets, const Tensor& place,
+                              double label_smoothing, double z_loss, c10::string_view reduction) {
+  auto out = HierarchicalWords::apply(h, word_weight, word_bias, class_words, class_offsets, place,
+                                      label_smoothing, z_loss, std::string(reduction));
+  return {out[0], out[1], out[2]};
+}
+
+// ---- composites ----
+
+TwoTensors loss_composite(const Tensor& h, const Tensor& class_weight, const OptionalTensor& class_bias,
+                          const Tensor& word_weight, const OptionalTensor& word_bias,
+                          const Tensor& class_words, const Tensor& class_offsets, const Tensor& target,
+                          double label_smoothing, double z_loss, int64_t ignore_index,
+                          c10::string_view reduction, c10::string_view precision) {
+  check_all(kLoss, h, class_weight, class_bias, word_weight, word_bias, class_words, class_offsets);
+  TORCH_CHECK(precision == "float32" || precision == "bfloat16", kLoss,
+              ": precision must be float32 or bfloat16, got '", precision, "'");
+  const auto [class_index, place] = places(kLoss, class_words, class_offsets, target, ignore_index);
+  const auto [word_loss, word_nll, lse] = words_forward(h, word_weight, word_bias, class_words, class_offsets,
+                                                        place, label_smoothing, z_loss, reduction);
+  const auto [class_loss, class_nll] = linear_cross_entropy(
+      h, class_weight, class_bias, class_index, label_smoothing, z_loss, /*ignore_index=*/-1, reduction);
+  return {class_loss + word_loss, class_nll + word_nll};
+}
+
+Tensor log_prob_composite(const Tensor& h_in, const Tensor& class_weight, const OptionalTensor& class_bias,
+                          const Tensor& word_weight, const OptionalTensor& word_bias,
+                          const Tensor& class_words, const Tensor& class_offsets) {
+  const char* op = "hierarchical_log_prob";
+  check_all(op, h_in, class_weight, class_bias, word_weight, word_bias, class_words, class_offsets);
+  const auto dtype = compute_dtype(h_in);
+  const auto linear = [&](const Tensor& weight, const OptionalTensor& bias) {
+    return at::linear(h_in.to(dtype), weight.to(dtype), bias ? OptionalTensor(bias->to(dtype)) : bias);
+  };
+  const Tensor log_class = linear(class_weight, class_bias).log_softmax(-1), z = linear(word_weight, word_bias);
+  const Tensor words = at::arange(class_words.sym_size(0), class_words.options());
+  const Tensor class_of = std::get<0>(places(op, class_words, class_offsets, words, /*ignore_index=*/-1));
+  // A class's log-sum-exp, from differences with its largest logit.
+  const Tensor max = at::zeros_like(log_class).detach().scatter_reduce(
+      -1, class_of.expand_as(z), z.detach(), "amax", /*include_self=*/false);
+  const Tensor sum = at::zeros_like(log_class).index_add(-1, class_of, (z - max.index_select(-1, class_of)).exp());
+  return z + (log_class - max - sum.log()).index_select(-1, class_of);
+}
+
+// ---- words one by one: the likeliest, and drawn ones ----
+
+double log_sum_exp(const std::vector<double>& z) {
+  const double max = *std::max_element(z.begin(), z.end());
+  if (std::isinf(max)) return max;
+  double sum = 0;
+  for (const double value : z) sum += std::exp(value - max);
+  return max + std::log(sum);
+}
+
+/// What is known of p(w | h) for one h. A class's words are read when they are asked for, once. Everything is
+/// in double from the logits on.
+class Distribution {
+ public:
+  Distribution(const char* op, const Classes& division, const Tensor& h, const Tensor& class_weight,
+               const OptionalTensor& class_bias, const Tensor& word_weight, const OptionalTensor& word_bias,
+               int64_t position)
+      : classes(division),
+        op_(op),
+        h_(h),
+        word_weight_(word_weight),
+        word_bias_(word_bias),
+        position_(position),
+        words_(division.count) {
+    log_class = log_softmax(class_weight, class_bias, "the classes");
+  }
+
+  /// log p(w | h) of class c's words, in their order in class_words.
+  const std::vector<double>& words(int64_t c) {
+    if (words_[c].empty()) {
+      const Tensor numbers = classes.words_tensor.slice(0, classes.offsets[c], classes.offsets[c + 1]);
+      words_[c] = log_softmax(word_weight_.index_select(0, numbers),
+                              word_bias_ ? OptionalTensor(word_bias_->index_select(0, numbers)) : std::nullopt,
+                              "a class's words");
+      for (double& log_p : words_[c]) log_p += log_class[c];
+    }
+    return words_[c];
+  }
+  bool is_read(int64_t c) const { return !words_[c].empty(); }
+
+  const Classes& classes;
+  std::vector<double> log_class;  // log p(c | h)
+
+ private:
+  std::vector<double> log_softmax(const Tensor& weight, const OptionalTensor& bias, const char* what) const {
+    const auto dtype = h_.scalar_type();
+    Tensor z = at::mv(weight.to(dtype), h_);
+    if (bias) z += *bias;
+    z = z.to(at::kDouble);
+    std::vector<double> log_p(z.const_data_ptr<double>(), z.const_data_ptr<double>() + z.numel());
+    const double lse = log_sum_exp(log_p);
+    TORCH_CHECK_VALUE(std::isfinite(lse), op_, ": logits must be finite, got a log-sum-exp over ", what, " of ",
+                      lse, " at position ", position_);
+    for (double& value : log_p) value -= lse;
+    return log_p;
+  }
+
+  const char* op_;
+  Tensor h_;
+  const Tensor& word_weight_;
+  const OptionalTensor& word_bias_;
+  int64_t position_;
+  std::vector<std::vector<double>> words_;
+};
+
+/// The words by falling probability, as many as are asked for. Classes are read in the order of p(c); a word
+/// has its final rank once no class that is left is likelier than it: no word is likelier than its class.
+class Ranking {
+ public:
+  struct Word {
+    double log_p;
+    int64_t number;
+    /// Of two equals the one with the smaller number is ahead.
+    bool operator<(const Word& other) const {
+      return log_p != other.log_p ? log_p < other.log_p : number > other.number;
+    }
+  };
+
+  explicit Ranking(Distribution& distribution) : d_(distribution), order_(distribution.classes.count) {
+    std::iota(order_.begin(), order_.end(), 0);
+    std::stable_sort(order_.begin(), order_.end(),
+                     [&](int64_t a, int64_t b) { return d_.log_class[a] > d_.log_class[b]; });
+  }
+
+  /// Ranks k words at least, of as many as there are.
+  void rank(int64_t k) {
+    while (static_cast<int64_t>(ranked.size()) < k) read_next_class();
+  }
+
+  void read_next_class() {
+    const int64_t c = order_[read_++];
+    const std::vector<double>& log_p = d_.words(c);
+    const int64_t* numbers = d_.classes.words + d_.classes.offsets[c];
+    for (size_t i = 0; i < log_p.size(); ++i) waiting_.push_back({log_p[i], numbers[i]});
+    std::make_heap(waiting_.begin(), waiting_.end());
+    while (!waiting_.empty() && waiting_.front().log_p >= log_bound()) {
+      std::pop_heap(waiting_.begin(), waiting_.end());
+      ranked.push_back(waiting_.back());
+      waiting_.pop_back();
+    }
+  }
+
+  /// No word that is not ranked has a larger log p.
+  double log_bound() const {
+    return is_complete() ? -std::numeric_limits<double>::infinity() : d_.log_class[order_[read_]];
+  }
+
+  bool is_complete() const { return read_ == order_.size(); }
+
+  std::vector<Word> ranked;
+
+ private:
+  Distribution& d_;
+  std::vector<int64_t> order_;
+  size_t read_ = 0;
+  std::vector<Word> waiting_;  // a heap
+};
+
+/// log_prob and word of shape (..., k).
+TwoTensors new_top_k(const Tensor& h, const Tensor& class_weight, const OptionalTensor& class_bias,
+                     const Tensor& word_weight, const OptionalTensor& word_bias, const Tensor& class_words,
+                     const Tensor& class_offsets, int64_t k) {
+  const char* op = "hierarchical_top_k";
+  check_all(op, h, class_weight, class_bias, word_weight, word_bias, class_words, class_offsets);
+  TORCH_CHECK(k >= 1, op, ": k must be >= 1, got ", k);
+  TORCH_SYM_CHECK(word_weight.sym_size(0).sym_ge(k), op, ": k must be at most V = ", word_weight.sym_size(0),
+                  ", got ", k);
+  auto shape = h.sym_sizes().vec();
+  shape.back() = k;
+  return {at::empty_symint(shape, h.options().dtype(compute_dtype(h))),
+          at::empty_symint(shape, h.options().dtype(at::kLong))};
+}
+
+/// body(distribution, i) for each of the rows of h.
+template <class Body>
+void for_each_row(const char* op, const Tensor& h, const Tensor& class_weight, const OptionalTensor& class_bias,
+                  const Tensor& word_weight, const OptionalTensor& word_bias, const Tensor& class_words,
+                  const Tensor& class_offsets, const Body& body) {
+  const Classes classes(op, class_words, class_offsets);
+  const Tensor rows = kernel_input(h, h).reshape({-1, h.size(-1)});
+  for (int64_t i = 0; i < rows.size(0); ++i) {
+    Distribution d(op, classes, rows[i], class_weight, class_bias, word_weight, word_bias, i);
+    body(d, i);
+  }
+}
+
+TwoTensors top_k_cpu(const Tensor& h, const Tensor& class_weight, const OptionalTensor& class_bias,
+                     const Tensor& word_weight, const OptionalTensor& word_bias, const Tensor& class_words,
+                     const Tensor& class_offsets, int64_t k) {
+  auto [log_prob, word] =
+      new_top_k(h, class_weight, class_bias, word_weight, word_bias, class_words, class_offsets, k);
+  const Tensor log_p = at::empty(log_prob.sizes(), at::kDouble);
+  double* to_log_p = log_p.mutable_data_ptr<double>();
+  int64_t* to_word = word.mutable_data_ptr<int64_t>();
+  for_each_row("hierarchical_top_k", h, class_weight, class_bias, word_weight, word_bias, class_words,
+               class_offsets, [&](Distribution& d, int64_t i) {
+                 Ranking ranking(d);
+                 ranking.rank(k);
+                 for (int64_t j = 0; j < k; ++j) {
+                   to_log_p[i * k + j] = ranking.ranked[j].log_p;
+                   to_word[i * k + j] = ranking.ranked[j].number;
+                 }
+               });
+  return {log_prob.copy_(log_p), word};
+}
+
+/// Random numbers in [0, 1).
+using Uniform = std::function<double()>;
+
+/// The first index where the running sum of masses exceeds u times their sum.
+int64_t draw(const std::vector<double>& masses, double u) {
+  double left = u * std::accumulate(masses.begin(), masses.end(), 0.0);
+  for (size_t i = 0; i < masses.size(); ++i) {
+    left -= masses[i];
+    if (left < 0) return static_cast<int64_t>(i);
+  }
+  // Rounding has left a little over.
+  return std::find_if(masses.rbegin(), masses.rend(), [](double m) { return m > 0; }).base() - masses.begin() - 1;
+}
+
+/// e^(x - max x).
+std::vector<double> exp_of_differences(std::vector<double> x) {
+  const double max = *std::max_element(x.begin(), x.end());
+  for (double& value : x) value = std::exp(value - max);
+  return x;
+}
+
+std::vector<double> times(double a, std::vector<double> x) {
+  for (double& value : x) value *= a;
+  return x;
+}
+
+/// Bounds of the sum over a class's n words of p(w | c)^a, in logarithms: it is 1 for one word alone and
+/// n^(1-a) for equal ones, and between for all others.
+struct LogBounds {
+  LogBounds(double a, int64_t n) {
+    const double equal = (1 - a) * std::log(static_cast<double>(n));
+    low = std::min(0.0, equal);
+    high = std::max(0.0, equal);
+  }
+  double low, high;
+};
+
+/// Of all words, in proportion to p^a. A class is proposed in proportion to the bound of its words' sum, and
+/// then kept with the probability sum / bound; a class that is not kept has the sum itself for its bound from
+/// then on. What is kept is in proportion to the sums, whatever was turned down before.
+int64_t draw_of_all(Distribution& d, double a, const Uniform& uniform) {
+  std::vector<double> log_mass(d.classes.count);
+  for (int64_t c = 0; c < d.classes.count; ++c) {
+    log_mass[c] = a * d.log_class[c] + LogBounds(a, d.classes.size(c)).high;
+  }
+  while (true) {
+    const int64_t c = draw(exp_of_differences(log_mass), uniform());
+    const bool is_bound = !d.is_read(c);
+    const std::vector<double> log_p = times(a, d.words(c));
+    const double log_sum = log_sum_exp(log_p), log_bound = log_mass[c];
+    if (!is_bound || uniform() < std::exp(log_sum - log_bound)) {
+      return d.classes.words[d.classes.offsets[c] + draw(exp_of_differences(log_p), uniform())];
+    }
+    log_mass[c] = log_sum;
+  }
+}
+
+/// Of the k likeliest words, and of these the fewest that have top_p of their mass.
+int64_t draw_of_likeliest(Distribution& d, double a, int64_t k, double top_p, const Uniform& uniform) {
+  Ranking ranking(d);
+  ranking.rank(k);
+  std::vector<double> masses;
+  for (int64_t i = 0; i < k; ++i) {
+    masses.push_back(std::exp(a * (ranking.ranked[i].log_p - ranking.ranked[0].log_p)));
+  }
+  const double total = std::accumulate(masses.begin(), masses.end(), 0.0);
+  double sum = 0;
+  size_t kept = 0;
+  while (kept < masses.size() && sum < top_p * total) sum += masses[kept++];
+  masses.resize(kept);
+  return ranking.ranked[draw(masses, uniform())].number;
+}
+
+/// Of the fewest words that have top_p of the mass. Where the mass ends, and so which word a random number
+/// falls on, is known between two bounds, which close in as classes are read: until they agree on the word.
+int64_t draw_of_mass(Distribution& d, double a, double top_p, const Uniform& uniform) {
+  Ranking ranking(d);
+  ranking.rank(1);
+  const double unit = ranking.ranked[0].log_p, u = uniform();  // masses in units of the largest word's
+  const auto mass = [&](double log_p) { return std::exp(a * (log_p - unit)); };
+  std::vector<double> sums;  // of the ranked words' masses
+  std::vector<double> class_mass(d.classes.count, -1);
+  // The first ranked word at which the sum exceeds, or reaches, a mass.
+  const auto exceeds = [&](double m) { return std::upper_bound(sums.begin(), sums.end(), m) - sums.begin(); };
+  const auto reaches = [&](double m) { return std::lower_bound(sums.begin(), sums.end(), m) - sums.begin(); };
+  while (true) {
+    for (size_t i = sums.size(); i < ranking.ranked.size(); ++i) {
+      sums.push_back((sums.empty() ? 0 : sums.back()) + mass(ranking.ranked[i].log_p));
+    }
+    const auto ranked = static_cast<int64_t>(sums.size());
+    double low = 0, high = 0;  // of all masses
+    for (int64_t c = 0; c < d.classes.count; ++c) {
+      if (d.is_read(c)) {
+        if (class_mass[c] < 0) class_mass[c] = std::exp(log_sum_exp(times(a, d.words(c))) - a * unit);
+        low += class_mass[c];
+        high += class_mass[c];
+      } else {
+        const LogBounds bounds(a, d.classes.size(c));
+        low += std::exp(a * (d.log_class[c] - unit) + bounds.low);
+        high += std::exp(a * (d.log_class[c] - unit) + bounds.high);
+      }
+    }
+    // The words kept end with the first whose sum reaches top_p of all. Past what is ranked, that sum is at
+    // most one word's mass beyond.
+    const int64_t first_end = reaches(top_p * low), last_end = reaches(top_p * high);
+    const double least = first_end < ranked ? sums[first_end] : top_p * low;
+    const double most = last_end < ranked ? sums[last_end] : top_p * high + mass(ranking.log_bound());
+    const int64_t word = exceeds(u * least);
+    if (word < ranked && word == exceeds(u * most)) return ranking.ranked[word].number;
+    if (ranking.is_complete()) return ranking.ranked.back().number;  // rounding
+    ranking.read_next_class();
+  }
+}
+
+/// (...)
+Tensor new_sample(const Tensor& h, const Tensor& class_weight, const OptionalTensor& class_bias,
+                  const Tensor& word_weight, const OptionalTensor& word_bias, const Tensor& class_words,
+                  const Tensor& class_offsets, double temperature, int64_t top_k, double top_p,
+                  std::optional<at::Generator> /*generator*/) {
+  const char* op = "hierarchical_sample";
+  check_all(op, h, class_weight, class_bias, word_weight, word_bias, class_words, class_offsets);
+  TORCH_CHECK(temperature >= 0, op, ": temperature must be >= 0, got ", temperature);
+  TORCH_CHECK(top_k >= 0, op, ": top_k must be >= 0, got ", top_k);
+  TORCH_CHECK(top_p > 0 && top_p <= 1, op, ": top_p must be in (0, 1], got ", top_p);
+  return at::empty_symint(h.sym_sizes().slice(0, h.dim() - 1), h.options().dtype(at::kLong));
+}
+
+Tensor sample_cpu(const Tensor& h, const Tensor& class_weight, const OptionalTensor& class_bias,
+                  const Tensor& word_weight, const OptionalTensor& word_bias, const Tensor& class_words,
+                  const Tensor& class_offsets, double temperature, int64_t top_k, double top_p,
+                  std::optional<at::Generator> generator_in) {
+  const Tensor word = new_sample(h, class_weight, class_bias, word_weight, word_bias, class_words,
+                                 class_offsets, temperature, top_k, top_p, generator_in);
+  auto* generator = at::get_generator_or_default<at::CPUGeneratorImpl>(
+      generator_in, at::detail::getDefaultCPUGenerator());
+  const std::scoped_lock lock(generator->mutex_);
+  at::uniform_real_distribution<double> distribution(0, 1);
+  const Uniform uniform = [&] { return distribution(generator); };
+  // Below this no two words that differ in double are both drawn.
+  constexpr double kCold = 1e-30;
+  const int64_t k = temperature < kCold ? 1 : std::min(top_k, word_weight.size(0));
+  const double a = 1 / std::max(temperature, kCold);
+  int64_t* to = word.mutable_data_ptr<int64_t>();
+  for_each_row("hierarchical_sample", h, class_weight, class_bias, word_weight, word_bias, class_words,
+               class_offsets, [&](Distribution& d, int64_t i) {
+                 to[i] = k > 0       ? draw_of_likeliest(d, a, k, top_p, uniform)
+                         : top_p < 1 ? draw_of_mass(d, a, top_p, uniform)
+                                     : draw_of_all(d, a, uniform);
+               });
+  return word;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(flashlm, CompositeImplicitAutograd, m) {
+  m.impl("hierarchical_cross_entropy", loss_composite);
+  m.impl("hierarchical_log_prob", log_prob_composite);
+}
+TORCH_LIBRARY_IMPL(flashlm, CPU, m) {
+  m.impl("hierarchical_top_k", top_k_cpu);
+  m.impl("hierarchical_sample", sample_cpu);
+  m.impl("_hierarchical_places", places_cpu);
+  m.impl("_hierarchical_words_forward", forward_cpu);
+  m.impl("_hierarchical_words_backward", backward_cpu);
+}
+TORCH_LIBRARY_IMPL(flashlm, Meta, m) {
+  m.impl("hierarchical_top_k", new_top_k);
+  m.impl("hierarchical_sample", new_sample);
+  m.impl("_hierarchical_places", new_places);
+  m.impl("_hierarchical_words_forward", new_outputs);
+  m.impl("_hierarchical_words_backward", new_gradients);
+}
+TORCH_LIBRARY_IMPL(flashlm, Autograd, m) {
+  m.impl("hierarchical_top_k", torch::autograd::autogradNotImplementedFallback());
+  m.impl("hierarchical_sample", torch::autograd::autogradNotImplementedFallback());
+  m.impl("_hierarchical_places", torch::autograd::autogradNotImplementedFallback());
+  m.impl("_hierarchical_words_forward", forward_autograd);
+  m.impl("_hierarchical_words_backward", torch::autograd::autogradNotImplementedFallback());
+}
+
+}  // namespace flashlm
