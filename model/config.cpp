@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "model/config.h"
 
+#include <cmath>
 #include <nlohmann/json.hpp>
+#include <set>
 
 #include "data/error.h"
 
@@ -38,8 +40,28 @@ void ModelConfig::validate() const {
           "gradient must be 'float32', 'bfloat16' or 'int8'", "'" + gradient + "'");
   require(gradient != "int8" || activation == "int8", "gradient 'int8' needs activation 'int8'",
           "'" + activation + "'");
+  require(head == "full" || head == "hierarchical" || head == "adaptive",
+          "head must be 'full', 'hierarchical' or 'adaptive'", "'" + head + "'");
+  require(classes >= 0 && classes <= vocab_size,
+          "classes must be in [0, V] = [0, " + std::to_string(vocab_size) + "]", std::to_string(classes));
+  if (head == "adaptive") {
+    require(!cutoffs.empty(), "cutoffs must name at least one tail", "none");
+    for (size_t i = 0; i < cutoffs.size(); ++i) {
+      require(cutoffs[i] > (i == 0 ? 0 : cutoffs[i - 1]) && cutoffs[i] < vocab_size,
+              "cutoffs must rise within (0, V) = (0, " + std::to_string(vocab_size) + ")",
+              std::to_string(cutoffs[i]));
+    }
+    at_least_1("tail-divisor", tail_divisor);
+  }
+  require(head_precision == "float32" || head_precision == "bfloat16",
+          "head-precision must be 'float32' or 'bfloat16'", "'" + head_precision + "'");
   require(norm_eps >= 0, "norm-eps must be >= 0", std::to_string(norm_eps));
   require(embedding_std >= 0, "embedding-std must be >= 0", std::to_string(embedding_std));
+}
+
+int64_t ModelConfig::class_count() const {
+  if (classes > 0) return classes;
+  return std::llround(std::sqrt(static_cast<double>(vocab_size)));
 }
 
 std::string to_json(const ModelConfig& config) {
@@ -53,9 +75,11 @@ ModelConfig model_config_from_json(const std::string& text) {
   try {
     const auto json = nlohmann::json::parse(text);
     size_t known = 0;
+    // Younger than the oldest files, whose weights mean what these settings are by default.
+    static const std::set<std::string> young = {"gradient", "head",    "tied",         "head-bias",
+                                                "classes",  "cutoffs", "tail-divisor", "head-precision"};
     config.visit([&](const char* name, auto& field, const char*) {
-      // Younger than the oldest files, and no part of what their weights mean.
-      if (std::string_view(name) == "gradient" && !json.contains(name)) return;
+      if (young.contains(name) && !json.contains(name)) return;
       json.at(name).get_to(field);
       ++known;
     });

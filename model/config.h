@@ -26,6 +26,13 @@ struct ModelConfig {
   double embedding_std = 0.02;
   double embedding_scale = 1.0;
   bool router = true;
+  std::string head = "full";
+  bool tied = true;
+  bool head_bias = false;
+  int64_t classes = 0;
+  std::vector<int64_t> cutoffs = {2000, 10000};
+  int64_t tail_divisor = 4;
+  std::string head_precision = "float32";
 
   /// Calls visitor(name, field, help) for every setting: the one list behind flags, TOML keys and saved
   /// files.
@@ -50,7 +57,21 @@ struct ModelConfig {
             "factor on looked-up embeddings (not on the tied output layer)");
     visitor("router", router,
             "v3's router, which nothing reads: only to count and load parameters as v3 does");
+    visitor(
+        "head", head,
+        "output layer: 'full' softmax, 'hierarchical' (class, then word) or 'adaptive' (Grave et al. 2017)");
+    visitor("tied", tied, "the embedding is also the table of output words (never of an adaptive head)");
+    visitor("head-bias", head_bias, "biases in the head, which start at the logarithms of the frequencies");
+    visitor("classes", classes,
+            "C, classes of a hierarchical head; 0: sqrt(V), or as many as --class-file has");
+    visitor("cutoffs", cutoffs, "first ranks by frequency of an adaptive head's tails");
+    visitor("tail-divisor", tail_divisor, "an adaptive head's tail i works in D / divisor^i dimensions");
+    visitor("head-precision", head_precision,
+            "products of the head in training and evaluation: 'float32' or 'bfloat16' where the CPU has it");
   }
+
+  /// C: `classes`, or if that is 0 the square root of V, which costs least.
+  int64_t class_count() const;
 
   /// Throws Error naming the first setting that cannot be.
   void validate() const;

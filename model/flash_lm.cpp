@@ -12,9 +12,11 @@
 namespace flashlm {
 namespace {
 
-at::Tensor embed(const at::Tensor& table, const at::Tensor& tokens, double scale) {
+/// The table's gradient has as many rows as there are tokens if `sparse`: to be added to one that is dense.
+at::Tensor embed(const at::Tensor& table, const at::Tensor& tokens, double scale, bool sparse) {
   RECORD_USER_SCOPE("embedding");
-  const at::Tensor rows = torch::embedding(table, tokens);
+  const at::Tensor rows =
+      torch::embedding(table, tokens, /*padding_idx=*/-1, /*scale_grad_by_freq=*/false, sparse);
   return scale == 1 ? rows : rows * scale;
 }
 
@@ -22,6 +24,7 @@ at::Tensor embed(const at::Tensor& table, const at::Tensor& tokens, double scale
 
 FlashLMImpl::FlashLMImpl(const ModelConfig& config) : config_(config) {
   config.validate();
+  if (config.head == "hierarchical") config_.classes = config.class_count();
   // The key is v3's "embedding.weight"; its "lm_head.weight" is the same tensor and is not stored again.
   struct EmbeddingImpl : torch::nn::Module {};
   const at::Tensor table = torch::randn({config.vocab_size, config.d_model}) * config.embedding_std;
@@ -38,10 +41,12 @@ FlashLMImpl::FlashLMImpl(const ModelConfig& config) : config_(config) {
     }
   }
   final_norm_ = register_module("final_norm", RMSNorm(config.d_model, config.norm_eps));
+  head_ = register_module("head", make_head(config_, embedding));
 }
 
 at::Tensor FlashLMImpl::hidden(const at::Tensor& tokens, State* state) {
-  at::Tensor x = embed(embedding, tokens, config_.embedding_scale);
+  at::Tensor x = embed(embedding, tokens, config_.embedding_scale,
+                       /*sparse=*/config_.tied && config_.head != "adaptive");
   at::Tensor* history = state == nullptr ? nullptr : state->data();
   for (int64_t pass = 0; pass < config_.recursions; ++pass) {
     for (auto& block : blocks_) {
@@ -52,7 +57,7 @@ at::Tensor FlashLMImpl::hidden(const at::Tensor& tokens, State* state) {
   return final_norm_(x);
 }
 
-at::Tensor FlashLMImpl::forward(const at::Tensor& tokens) { return torch::linear(hidden(tokens), embedding); }
+at::Tensor FlashLMImpl::forward(const at::Tensor& tokens) { return head_->logits(hidden(tokens)); }
 
 std::tuple<at::Tensor, at::Tensor> FlashLMImpl::loss(const at::Tensor& tokens, const at::Tensor& targets,
                                                      const LossOptions& options,
@@ -63,8 +68,7 @@ std::tuple<at::Tensor, at::Tensor> FlashLMImpl::loss(const at::Tensor& tokens, c
     h = h.index_select(0, positions);
     target = target.index_select(0, positions);
   }
-  return linear_cross_entropy(h, embedding, /*bias=*/std::nullopt, target, options.label_smoothing,
-                              options.z_loss);
+  return head_->loss(h, target, options);
 }
 
 State FlashLMImpl::initial_state(int64_t batch) const {
@@ -83,10 +87,16 @@ int64_t FlashLMImpl::parameter_count() const {
   return count;
 }
 
-void save_model(const FlashLM& model, const std::filesystem::path& path) {
+std::map<std::string, at::Tensor> FlashLMImpl::named_weights() const {
   std::map<std::string, at::Tensor> weights;
-  for (const auto& p : model->named_parameters()) weights[p.key()] = p.value().detach();
-  save_safetensors(path, weights, {{"format", "flashlm-model"}, {"config", to_json(model->config())}});
+  for (const auto& p : named_parameters()) weights[p.key()] = p.value().detach();
+  for (const auto& b : named_buffers()) weights[b.key()] = b.value();
+  return weights;
+}
+
+void save_model(const FlashLM& model, const std::filesystem::path& path) {
+  save_safetensors(path, model->named_weights(),
+                   {{"format", "flashlm-model"}, {"config", to_json(model->config())}});
 }
 
 FlashLM load_model(const std::filesystem::path& path) {
@@ -106,21 +116,20 @@ FlashLM model_from(const SafeTensors& file, const std::string& origin) {
 void load_weights(const FlashLM& model, const std::map<std::string, at::Tensor>& weights,
                   const std::string& origin) {
   torch::NoGradGuard no_grad;
-  const auto parameters = model->named_parameters();
-  for (const auto& p : parameters) {
-    const auto found = weights.find(p.key());
-    if (found == weights.end()) throw Error(origin + ": has no weight '" + p.key() + "'");
-    if (found->second.sizes() != p.value().sizes()) {
+  const auto own = model->named_weights();
+  for (const auto& [name, tensor] : own) {
+    const auto found = weights.find(name);
+    if (found == weights.end()) throw Error(origin + ": has no weight '" + name + "'");
+    if (found->second.sizes() != tensor.sizes()) {
       std::ostringstream text;
-      text << origin << ": weight '" << p.key() << "' must be " << p.value().sizes() << ", got "
+      text << origin << ": weight '" << name << "' must be " << tensor.sizes() << ", got "
            << found->second.sizes();
       throw Error(text.str());
     }
-    p.value().copy_(found->second);
+    tensor.copy_(found->second);
   }
   for (const auto& [name, tensor] : weights) {
-    if (!parameters.contains(name))
-      throw Error(origin + ": weight '" + name + "' is not one of this model's");
+    if (!own.contains(name)) throw Error(origin + ": weight '" + name + "' is not one of this model's");
   }
 }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The language model: embedding, a stack of blocks run over one or more times, RMSNorm, tied output layer.
+// The language model: embedding, a stack of blocks run over one or more times, RMSNorm, head.
 #pragma once
 
 #include <torch/nn/module.h>
@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "model/config.h"
+#include "model/heads.h"
 #include "model/layers.h"
 #include "model/safetensors.h"
 
@@ -21,15 +22,9 @@ namespace flashlm {
 /// the (B, (K-1)·dilation, D) inputs of the gated convolution. Zeros mean that nothing came before.
 using State = std::vector<at::Tensor>;
 
-/// How the training loss is made of the positions it is given.
-struct LossOptions {
-  double label_smoothing = 0;
-  double z_loss = 0;
-};
-
 /// FlashLM v3's model, every dimension configurable:
-///   x = E[tokens] · embedding_scale;  `recursions` times: every block in turn;  h = final_norm(x);  logits =
-///   h Eᵀ.
+///   x = E[tokens] · embedding_scale;  `recursions` times: every block in turn;  h = final_norm(x);  then a
+///   head: v3's logits are h Eᵀ.
 /// With one block the parameters have exactly v3's state-dict names ("block."); with several, "blocks.<i>.".
 /// Weights are drawn from torch's global generator.
 class FlashLMImpl : public torch::nn::Module {
@@ -38,7 +33,7 @@ class FlashLMImpl : public torch::nn::Module {
 
   const ModelConfig& config() const { return config_; }
 
-  /// tokens (B, T) int64 -> logits (B, T, V).
+  /// tokens (B, T) int64 -> logits (B, T, V), whose softmax is p(next token); see Head::logits.
   at::Tensor forward(const at::Tensor& tokens);
 
   /// tokens (B, T) -> final hidden states (B, T, D). With `state`, for tokens that follow those that made it;
@@ -54,12 +49,18 @@ class FlashLMImpl : public torch::nn::Module {
 
   int64_t parameter_count() const;
 
+  Head& head() const { return *head_; }
+
+  /// Parameters and buffers (class maps) by name: what a file of weights holds.
+  std::map<std::string, at::Tensor> named_weights() const;
+
   at::Tensor embedding;
 
  private:
   ModelConfig config_;
   std::vector<Block> blocks_;
   RMSNorm final_norm_{nullptr};
+  std::shared_ptr<Head> head_;
 };
 TORCH_MODULE(FlashLM);
 
@@ -71,8 +72,8 @@ FlashLM load_model(const std::filesystem::path& path);
 /// The same from what has been read already; `origin` names it in messages.
 FlashLM model_from(const SafeTensors& file, const std::string& origin);
 
-/// Copies `weights` into the model's parameters of the same names; Error if one is missing, unknown or of
-/// another shape. `origin` says in the message where they come from.
+/// Copies `weights` into the model's parameters and buffers of the same names; Error if one is missing,
+/// unknown or of another shape. `origin` says in the message where they come from.
 void load_weights(const FlashLM& model, const std::map<std::string, at::Tensor>& weights,
                   const std::string& origin);
 

@@ -30,10 +30,11 @@ struct FlashlmResolver : torch::jit::Resolver {
 };
 
 /// Puts a tensor at a dotted path, making the modules on the way.
-void register_at(torch::jit::Module module, const std::string& path, const at::Tensor& value) {
+void register_at(torch::jit::Module module, const std::string& path, const at::Tensor& value,
+                 bool is_buffer) {
   const size_t dot = path.find('.');
   if (dot == std::string::npos) {
-    module.register_parameter(path, value, /*is_buffer=*/false);
+    module.register_parameter(path, value, is_buffer);
     return;
   }
   const std::string name = path.substr(0, dot);
@@ -42,7 +43,7 @@ void register_at(torch::jit::Module module, const std::string& path, const at::T
                            torch::jit::Module(c10::QualifiedName("__torch__.flashlm.Part"),
                                               module._ivalue()->compilation_unit(), /*shouldMangle=*/true));
   }
-  register_at(module.attr(name).toModule(), path.substr(dot + 1), value);
+  register_at(module.attr(name).toModule(), path.substr(dot + 1), value, is_buffer);
 }
 
 /// "a.0.b" as an expression on self: digits are no attribute names in the language, so getattr takes them.
@@ -81,6 +82,45 @@ void write_block(std::ostream& code, const ModelConfig& config, const std::strin
        << "    x = x + " << bit_linear("gated", "glu.down_proj") << "\n";
 }
 
+/// The arguments of the head's operators, after h.
+std::string head_arguments(const ModelConfig& config) {
+  const auto bias = [&](const char* name) {
+    return config.head_bias ? std::string("self.head.") + name : std::string("None");
+  };
+  if (config.head == "adaptive") {
+    std::string projections, weights;
+    for (size_t i = 0; i < config.cutoffs.size(); ++i) {
+      const std::string tail = "head.tails." + std::to_string(i);
+      projections += attribute(tail + ".projection") + ", ";
+      weights += attribute(tail + ".weight") + ", ";
+    }
+    return "self.head.weight, " + bias("bias") + ", [" + projections + "], [" + weights + "]";
+  }
+  const std::string table = config.tied ? "self.embedding.weight" : "self.head.word_weight";
+  return "self.head.class_weight, " + bias("class_bias") + ", " + table + ", " + bias("word_bias") +
+         ", self.head.class_words, self.head.class_offsets";
+}
+
+/// logits(h) and draw(h, ...), the token drawn for each row of h.
+std::string head_source(const ModelConfig& config) {
+  const std::string logits = "def logits(self, h: Tensor) -> Tensor:\n    return ";
+  const std::string draw =
+      "def draw(self, h: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:\n    return ";
+  const std::string draw_from_logits = draw + "self.sample(self.logits(h), temperature, top_k, top_p)\n\n";
+  const std::string arguments = head_arguments(config);
+  if (config.head == "hierarchical") {
+    return logits + "flashlm.hierarchical_log_prob(h, " + arguments + ")\n\n" + draw +
+           "flashlm.hierarchical_sample(h, " + arguments +
+           ", temperature=temperature, top_k=top_k, top_p=top_p).unsqueeze(-1)\n\n";
+  }
+  if (config.head == "adaptive") {
+    return logits + "flashlm.adaptive_log_prob(h, " + arguments +
+           ").index_select(-1, self.head.word_rank)\n\n" + draw_from_logits;
+  }
+  return logits + "torch.linear(h, " + (config.tied ? "self.embedding.weight" : "self.head.weight") + ", " +
+         (config.head_bias ? "self.head.bias" : "None") + ")\n\n" + draw_from_logits;
+}
+
 std::string source(const ModelConfig& config) {
   std::ostringstream code;
   code << "def hidden(self, tokens: Tensor, state: List[Tensor]) -> Tuple[Tensor, List[Tensor]]:\n"
@@ -102,7 +142,7 @@ def initial_state(self, batch: int) -> List[Tensor]:
 
 def step(self, tokens: Tensor, state: List[Tensor]) -> Tuple[Tensor, List[Tensor]]:
     h, state = self.hidden(tokens, state)
-    return torch.linear(h, self.embedding.weight), state
+    return self.logits(h), state
 
 def forward(self, tokens: Tensor) -> Tensor:
     return self.step(tokens, self.initial_state(tokens.size(0)))[0]
@@ -124,11 +164,10 @@ def generate(self, tokens: Tensor, max_new_tokens: int, temperature: float = 0.8
     out = [tokens]
     for _ in range(max_new_tokens):
         h, state = self.hidden(out[-1], state)
-        logits = torch.linear(h[:, -1], self.embedding.weight)
-        out.append(self.sample(logits, temperature, top_k, top_p))
+        out.append(self.draw(h[:, -1], temperature, top_k, top_p))
     return torch.cat(out, 1)
 )";
-  return code.str();
+  return code.str() + "\n" + head_source(config);
 }
 
 }  // namespace
@@ -137,8 +176,10 @@ torch::jit::Module to_torchscript(const FlashLM& model) {
   const ModelConfig& config = model->config();
   torch::jit::Module module("flashlm.FlashLM");
   for (const auto& p : model->named_parameters()) {
-    register_at(module, p.key(), p.value().detach().clone());
+    register_at(module, p.key(), p.value().detach().clone(), /*is_buffer=*/false);
   }
+  for (const auto& b : model->named_buffers())
+    register_at(module, b.key(), b.value().clone(), /*is_buffer=*/true);
   std::vector<int64_t> lengths;
   for (const auto& history : model->initial_state(1)) lengths.push_back(history.size(1));
   module.register_attribute("state_lengths", c10::ListType::ofInts(), c10::List<int64_t>(lengths));

@@ -57,23 +57,25 @@ at::Tensor hierarchical_log_prob(const at::Tensor& h, const at::Tensor& class_we
                                  const std::optional<at::Tensor>& word_bias, const at::Tensor& class_words,
                                  const at::Tensor& class_offsets);
 
-/// The k likeliest words and their log p(w | h), likeliest first: (..., k) each. Exact: classes are visited in
-/// the order of p(c), until p(c) is below the k-th best p(w) found.
-/// Schema: flashlm::hierarchical_top_k(Tensor h, Tensor class_weight, Tensor? class_bias,
+/// The k likeliest words and their log p(w | h), likeliest first: (..., k) each. Exact: classes are visited
+/// in the order of p(c), until p(c) is below the k-th best p(w) found. Schema:
+/// flashlm::hierarchical_top_k(Tensor h, Tensor class_weight, Tensor? class_bias,
 ///   Tensor word_weight, Tensor? word_bias, Tensor class_words, Tensor class_offsets, int k)
 ///   -> (Tensor log_prob, Tensor word)
-std::tuple<at::Tensor, at::Tensor> hierarchical_top_k(
-    const at::Tensor& h, const at::Tensor& class_weight, const std::optional<at::Tensor>& class_bias,
-    const at::Tensor& word_weight, const std::optional<at::Tensor>& word_bias, const at::Tensor& class_words,
-    const at::Tensor& class_offsets, int64_t k);
+std::tuple<at::Tensor, at::Tensor> hierarchical_top_k(const at::Tensor& h, const at::Tensor& class_weight,
+                                                      const std::optional<at::Tensor>& class_bias,
+                                                      const at::Tensor& word_weight,
+                                                      const std::optional<at::Tensor>& word_bias,
+                                                      const at::Tensor& class_words,
+                                                      const at::Tensor& class_offsets, int64_t k);
 
 /// A word drawn for each h, (...) int64, from exactly the distribution that sampling from all V logits
-/// log p(w | h) would have: probabilities p^(1/temperature), normalised over V; temperature 0 is the likeliest
-/// word. Of the top_k likeliest words only (0: all), then of the fewest of these whose tempered probability
-/// reaches top_p. Costs O(D √V): a class is proposed, and kept with the probability that makes the result
-/// exact (rejection sampling; the sum of a class's tempered probabilities has a bound known without its
-/// words). Draws from `generator`, or from torch's global one.
-/// Schema: flashlm::hierarchical_sample(Tensor h, Tensor class_weight, Tensor? class_bias,
+/// log p(w | h) would have: probabilities p^(1/temperature), normalised over V; temperature 0 is the
+/// likeliest word. Of the top_k likeliest words only (0: all), then of the fewest of these whose tempered
+/// probability reaches top_p. Costs O(D √V): a class is proposed, and kept with the probability that makes
+/// the result exact (rejection sampling; the sum of a class's tempered probabilities has a bound known
+/// without its words). Draws from `generator`, or from torch's global one. Schema:
+/// flashlm::hierarchical_sample(Tensor h, Tensor class_weight, Tensor? class_bias,
 ///   Tensor word_weight, Tensor? word_bias, Tensor class_words, Tensor class_offsets, *,
 ///   float temperature=1., int top_k=0, float top_p=1., Generator? generator=None) -> Tensor
 at::Tensor hierarchical_sample(const at::Tensor& h, const at::Tensor& class_weight,

@@ -34,7 +34,7 @@ TensorMap model_weights(const SafeTensors& file) {
 
 void save_checkpoint(const std::filesystem::path& path, const Checkpointed& state) {
   TensorMap tensors = state.optimizers.state();
-  for (const auto& p : state.model->named_parameters()) tensors[kModelPrefix + p.key()] = p.value().detach();
+  for (const auto& [name, tensor] : state.model->named_weights()) tensors[kModelPrefix + name] = tensor;
   if (state.ema != nullptr) tensors.merge(state.ema->state());
   tensors["generator"] = state.generator.get_state();
   const nlohmann::json progress = {{"step", state.progressed.step},
@@ -50,7 +50,8 @@ void save_checkpoint(const std::filesystem::path& path, const Checkpointed& stat
 
 void load_checkpoint(const std::filesystem::path& path, const Checkpointed& state) {
   const SafeTensors file = load(path);
-  if (file.metadata.at("config") != to_json(state.model->config())) {
+  // Read and written again: an older file names fewer settings.
+  if (to_json(model_config_from_json(file.metadata.at("config"))) != to_json(state.model->config())) {
     throw Error(path.string() +
                 " is of a model with other settings; resume with the run's own config.toml (leave out " +
                 "--config and model flags)");

@@ -16,6 +16,7 @@ namespace flashlm {
 struct TrainConfig {
   std::string data, tokens, val_tokens;
   double val_fraction = 0.05;
+  std::string class_file, init;
   std::string out;
 
   int64_t steps = 0;
@@ -56,6 +57,10 @@ struct TrainConfig {
     visitor("val-tokens", val_tokens,
             "validation token file for --tokens; default: the last --val-fraction of it");
     visitor("val-fraction", val_fraction, "share of --tokens held out when there is no --val-tokens");
+    visitor(
+        "class-file", class_file,
+        "word classes of the head, made by `flashlm classes`; default: by frequency in the training tokens");
+    visitor("init", init, "run folder or .safetensors file whose weights to start from");
     visitor("out", out, "run folder; default: runs/<name of the config file>");
     visitor.group("Length and batches");
     visitor("steps", steps, "optimizer steps; 0: until --max-minutes, or 10000 without one");

@@ -80,8 +80,13 @@ Trainer::Trainer(const CommandLine& line)
     token_bytes_ = token_bytes(*dataset_.tokenizer);
   }
   if (config_.threads > 0) at::set_num_threads(static_cast<int>(config_.threads));
-  torch::manual_seed(config_.seed);
-  model_ = FlashLM(config_.model);
+  std::filesystem::path start;
+  if (line.resume) {
+    start = checkpoints.back();
+  } else if (!config_.init.empty()) {
+    start = RunFolder::weights(config_.init);
+  }
+  build_model(start);
   const NamedParameters parameters = named_parameters(model_);
   optimizers_ = std::make_unique<Optimizers>(parameters, config_.optimizer);
   if (line.profile) profile_ = std::make_unique<Profile>();
@@ -98,6 +103,26 @@ Trainer::Trainer(const CommandLine& line)
   if (dataset_.tokenizer) write_file(run_.tokenizer(), dataset_.tokenizer->serialized());
   metrics_ = std::make_unique<MetricsLog>(run_.metrics(), line.resume ? done_.step : -1);
   print_header();
+}
+
+/// With the weights of the file `start`, if there is one, else with those that torch's generator draws and
+/// the training tokens' frequencies.
+void Trainer::build_model(const std::filesystem::path& start) {
+  ModelConfig& config = config_.model;
+  torch::manual_seed(config_.seed);
+  if (!start.empty()) {
+    const FlashLM from = load_any_model(start);
+    if (config.classes == 0) config.classes = from->config().classes;
+    model_ = FlashLM(config);
+    load_weights(model_, from->named_weights(), start.string());
+    return;
+  }
+  const std::vector<int64_t> counts = word_counts(dataset_.train);
+  const WordClasses classes =
+      config_.class_file.empty() ? default_classes(config, counts) : WordClasses::load(config_.class_file);
+  if (config.classes == 0 && config.head == "hierarchical") config.classes = classes.count();
+  model_ = FlashLM(config);
+  model_->head().initialize(classes, counts);
 }
 
 void Trainer::print_header() const {
@@ -175,7 +200,13 @@ void Trainer::train_step() {
                    {targets.mutable_data_ptr<int64_t>(), static_cast<size_t>(positions)});
     if (trained < positions) chosen = torch::randperm(positions, generator_, at::kLong).slice(0, 0, trained);
     timer.reset();
-    const auto [loss, nll] = model_->loss(inputs, targets, {config_.label_smoothing, config_.z_loss}, chosen);
+    at::Tensor loss, nll;
+    try {
+      std::tie(loss, nll) = model_->loss(inputs, targets, {config_.label_smoothing, config_.z_loss}, chosen);
+    } catch (const c10::ValueError&) {  // a head that meets what is not finite
+      nll_mean = std::numeric_limits<double>::quiet_NaN();
+      break;
+    }
     (loss / static_cast<double>(phase.grad_accum)).backward();
     nll_mean += nll.item<double>() / static_cast<double>(phase.grad_accum);
   }

@@ -32,6 +32,7 @@ class Trainer {
 
  private:
   double progress() const;
+  void build_model(const std::filesystem::path& start);
   void train_step();
   void report(const Progressed& before);
   Evaluation held_out();

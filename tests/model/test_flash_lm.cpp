@@ -239,8 +239,8 @@ TEST_CASE("top-k and top-p keep exactly the tokens they should", "[generate]") {
   const auto drawn = [&](SamplingOptions options) {
     options.temperature = 1;
     std::set<int32_t> seen;
-    Sampler sample(options);
-    for (int i = 0; i < 300; ++i) seen.insert(sample(logits));
+    at::Generator generator = at::make_generator<at::CPUGeneratorImpl>(0);
+    for (int i = 0; i < 300; ++i) seen.insert(static_cast<int32_t>(sample(logits, options, generator)));
     return seen;
   };
   SamplingOptions options;

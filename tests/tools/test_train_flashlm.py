@@ -121,6 +121,56 @@ def test_raw_token_files(suffix, tiny_config, tmp_path):
     assert lines[-1]["val_bits_per_byte"] is None  # nobody knows what text these ids stand for
 
 
+HEADS = {
+    "hierarchical": ("--head", "hierarchical", "--head-bias", "true"),
+    "hierarchical_untied": ("--head", "hierarchical", "--tied", "false", "--classes", "9"),
+    "adaptive": ("--head", "adaptive", "--cutoffs", "40", "120", "--head-bias", "true"),
+    "full_bfloat16": ("--head-precision", "bfloat16", "--head-bias", "true"),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_every_head_trains_resumes_and_is_used(name, dataset, tiny_config, tmp_path):
+    args = ("--config", tiny_config, "--data", dataset, *HEADS[name])
+    succeed("train_flashlm", *args, "--out", tmp_path / "whole", "--label-smoothing", "0.1", "--z-loss", "1e-4")
+    lines = metrics(tmp_path / "whole")
+    assert lines[-1]["val_loss"] < lines[0]["val_loss"] - 0.3
+    # From a checkpoint on, with nothing but the run folder.
+    shutil.copytree(tmp_path / "whole", tmp_path / "part")
+    (tmp_path / "part" / "model.safetensors").unlink()
+    (tmp_path / "part" / "checkpoints" / "step-000000030.safetensors").unlink()
+    config = tmp_path / "part" / "config.toml"
+    config.write_text(config.read_text().replace(str(tmp_path / "whole"), str(tmp_path / "part")))
+    succeed("train_flashlm", "--out", tmp_path / "part", "--resume")
+    assert without_time(metrics(tmp_path / "part")) == without_time(lines)
+    whole, part = (tmp_path / run / "model.safetensors" for run in ("whole", "part"))
+    assert whole.read_bytes() == part.read_bytes()
+    result = json.loads(succeed("flashlm", "evaluate", tmp_path / "whole", "--data", dataset, "--json",
+                                "--max-tokens", 512, "--seq-len", 32))
+    assert result["nats_per_token"] == pytest.approx(lines[-1]["val_loss"], abs=1e-4)
+    assert succeed("flashlm", "generate", tmp_path / "whole", "--prompt", "the people", "--tokens", 8, "--top-p", 0.9)
+    succeed("flashlm", "export", tmp_path / "whole")
+
+
+def test_classes_from_a_file_and_weights_from_another_run(dataset, tiny_config, tmp_path):
+    classes = tmp_path / "classes.txt"
+    succeed("flashlm", "classes", "--data", dataset, "--method", "exchange", "--count", 11, "--out", classes)
+    args = ("--config", tiny_config, "--data", dataset, "--head", "hierarchical")
+    first, second = tmp_path / "first", tmp_path / "second"
+    succeed("train_flashlm", *args, "--class-file", classes, "--out", first)
+    classes.unlink()  # the run has them
+    succeed("train_flashlm", *args, "--init", first, "--out", second, "--steps", 1)
+    assert metrics(second)[0]["val_loss"] == metrics(first)[-1]["val_loss"]
+    refuse("has no weight 'head.", *args, "--head", "adaptive", "--cutoffs", 40, "--init", first, "--out",
+           tmp_path / "third")
+    full, back = tmp_path / "full.safetensors", tmp_path / "back"
+    assert "full head, from the hierarchical head" in succeed("flashlm", "convert-head", first, "--head", "full", "--out", full)
+    succeed("train_flashlm", *args, "--head", "full", "--head-bias", "true", "--tied", "false", "--init", full, "--out", back,
+            "--steps", 30)
+    lines = metrics(back)
+    assert lines[0]["val_loss"] < metrics(first)[0]["val_loss"] and lines[-1]["val_loss"] < lines[0]["val_loss"]
+
+
 def test_v3_preset_has_v3s_size(tmp_path):
     numpy = pytest.importorskip("numpy")
     numpy.random.default_rng(0).integers(0, 50257, 2000).astype(numpy.uint16).tofile(tmp_path / "tokens.npy")
@@ -158,6 +208,10 @@ def test_missing_data(tiny_config, tmp_path):
     ("position-fraction = 0", "--position-fraction must be in (0, 1], got 0"),
     ("steps = -1", "--steps must be >= 0, got -1"),
     ('matrix-optimizer = "sgd"', "sgd"),
+    ('head = "tree"', "head must be 'full', 'hierarchical' or 'adaptive', got 'tree'"),
+    ("classes = 1000000", "classes must be in [0, V]"),
+    ('class-file = "nowhere.txt"', "nowhere.txt"),
+    ('init = "nowhere"', "there is no run or model nowhere"),
 ])
 def test_bad_settings(line, words, dataset, tiny_config, tmp_path):
     key = line.split(" =")[0]
