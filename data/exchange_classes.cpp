@@ -181,7 +181,7 @@ class Exchange {
       const Totals& total = totals_[c];
       gain_[c] += f(after + before_.counts[c] + own_pairs_) - f(after) - f(before) + f(within);
       gain_[c] -= f(total.firsts + firsts) - f(total.firsts) + f(total.seconds + seconds) - f(total.seconds);
-      gain_[c] -= price_ * static_cast<double>(total.tokens + counts_[word] * (total.words + 1));
+      gain_[c] -= price_ * static_cast<double>(total.tokens + counts_[word] * total.words);
     }
     std::int64_t best = from;  // a class that is not a real one has room for nobody
     for (std::int64_t c = 0; c < classes_; ++c)

@@ -7,6 +7,7 @@
 
 namespace flashlm {
 
+void add_classes(CLI::App& flashlm);
 void add_convert_head(CLI::App& flashlm);
 void add_evaluate(CLI::App& flashlm);
 void add_export(CLI::App& flashlm);

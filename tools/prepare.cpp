@@ -1,36 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// The subcommand's flags, its few lines of output, and Ctrl-C: the work itself is data/prepare.
+// The subcommand's flags and its few lines of output: the work itself is data/prepare.
 #include "data/prepare.h"
-
-#include <unistd.h>
 
 #include <CLI/CLI.hpp>
 #include <chrono>
-#include <csignal>
 #include <cstdio>
 #include <memory>
-#include <string_view>
 
 #include "tools/commands.h"
+#include "tools/progress.h"
 
 namespace flashlm {
 namespace {
-
-volatile std::sig_atomic_t interrupted = 0;
-
-/// A second Ctrl-C ends the program at once.
-void on_interrupt(int signal) {
-  interrupted = 1;
-  std::signal(signal, SIG_DFL);
-}
-
-/// Called between steps of the work, where leaving removes the temporary files.
-void show_progress(std::string_view stage, double fraction) {
-  if (interrupted) throw CLI::RuntimeError(130);
-  if (!isatty(STDOUT_FILENO)) return;
-  std::printf("\r\x1b[K%.*s %.0f %%", static_cast<int>(stage.size()), stage.data(), 100 * fraction);
-  std::fflush(stdout);
-}
 
 void print_part(const char* name, std::int64_t bytes, std::int64_t tokens) {
   std::printf("%-12s %8.2f MB %12lld tokens\n", name, static_cast<double>(bytes) / 1e6,
@@ -40,12 +21,11 @@ void print_part(const char* name, std::int64_t bytes, std::int64_t tokens) {
 void run(PrepareOptions& options) {
   const auto start = std::chrono::steady_clock::now();
   options.progress = show_progress;
-  std::signal(SIGINT, on_interrupt);
+  begin_progress();
   const PrepareResult result = prepare(options);
-  std::signal(SIGINT, SIG_DFL);
+  end_progress();
   const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
 
-  if (isatty(STDOUT_FILENO)) std::printf("\r\x1b[K");
   print_part("training", result.train_bytes, result.train_tokens);
   print_part("validation", result.val_bytes, result.val_tokens);
   std::printf("%lld files, vocabulary %lld, %.3f bytes per token, %.1f s\n",

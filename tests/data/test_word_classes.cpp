@@ -269,9 +269,10 @@ TEST_CASE("exchange finds planted classes", "[word_classes]") {
 
 TEST_CASE("each sweep of exchange raises what it reports", "[word_classes]") {
   const Scratch scratch;
-  // Words repeat themselves, so that pairs of a word with itself count.
+  // Words follow themselves and others of their class, so that pairs within a class count.
   std::vector<std::int32_t> ids = planted_text(200, 8, 3000);
   for (std::size_t i = 3; i < ids.size(); i += 7) ids[i] = ids[i - 1];
+  for (std::size_t i = 5; i < ids.size(); i += 7) ids[i] = (ids[i - 1] + 8) % 200;
   const TokenShard tokens = shard_of(scratch, ids, 205);
   const std::vector<std::int64_t> counts = word_counts(tokens);
   for (const double price : {0.0, 0.01}) {
@@ -294,7 +295,7 @@ TEST_CASE("each sweep of exchange raises what it reports", "[word_classes]") {
 
     // Indeed no single word would do better elsewhere.
     const std::vector<std::int32_t> class_of = classes.class_of();
-    for (std::int64_t word = 0; word < 205; word += 11) {
+    for (std::int64_t word = 0; word < 205; word += 2) {
       if (classes.size(class_of[word]) == 1) continue;
       for (std::int64_t to = 0; to < 12; ++to) {
         if (classes.size(to) == largest_class(205, 12)) continue;
@@ -325,7 +326,6 @@ TEST_CASE("the price of rows keeps frequent words out of large classes", "[word_
 
 TEST_CASE("exchange at odd sizes", "[word_classes]") {
   const Scratch scratch;
-  // The second text has a full class within reach of words that belong there: C / 4 classes could hold all.
   for (const auto& ids : {planted_text(20, 4, 300), std::vector<std::int32_t>(50, 7), {3}}) {
     const TokenShard tokens = shard_of(scratch, ids, 23);
     for (std::int64_t count = 1; count <= 23; ++count) {
@@ -377,6 +377,22 @@ TEST_CASE("k-means finds words that point the same way", "[word_classes]") {
   const WordClasses later = kmeans_classes(embedding, counts, kClasses, 10);
   check_classes(later, counts, kClasses);
   CHECK(later.words != first.words);
+}
+
+TEST_CASE("k-means looks at directions, not at lengths", "[word_classes]") {
+  constexpr std::int64_t kWords = 90, kDim = 5;
+  std::mt19937 random(4);
+  std::normal_distribution<float> normal;
+  std::vector<float> embedding, scaled;
+  for (std::int64_t w = 0; w < kWords; ++w) {
+    const float power = std::ldexp(1.0F, static_cast<int>(random() % 9));  // of two: it rounds nothing
+    for (std::int64_t d = 0; d < kDim; ++d) {
+      embedding.push_back(normal(random));
+      scaled.push_back(power * embedding.back());
+    }
+  }
+  const std::vector<std::int64_t> counts = zipf_counts(kWords);
+  CHECK(kmeans_classes(scaled, counts, 9).words == kmeans_classes(embedding, counts, 9).words);
 }
 
 TEST_CASE("k-means at odd sizes", "[word_classes]") {

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""flashlm prepare, generate, evaluate and export as a user runs them."""
+"""flashlm prepare, classes, generate, evaluate and export as a user runs them."""
 
 import json
 import os
 import pathlib
 import shutil
+import signal
+import struct
 import subprocess
 import sys
 
 import pytest
-from programs import BUILD, run, succeed
+from programs import BUILD, program_path, run, succeed
 
 OPS = pathlib.Path(os.environ.get("FLASHLM_OPS_LIB", BUILD / "ops" / "libflashlm_ops.so"))
 
@@ -44,6 +46,82 @@ def test_prepare_refuses(tmp_path):
     (tmp_path / "short.txt").write_text("a few words are no corpus\n")
     refuse("the text yields at most", "prepare", tmp_path / "short.txt", "--out", tmp_path / "data")
     assert not (tmp_path / "data" / "train.tokens").exists()
+
+
+# ---- classes ----
+
+
+def read_classes(path):
+    header, *lines = path.read_text().splitlines()
+    classes = [[int(word) for word in line.split()] for line in lines]
+    assert header == f"flashlm-classes 1 {sum(map(len, classes))} {len(classes)}"
+    assert sorted(word for words in classes for word in words) == list(range(sum(map(len, classes))))
+    return classes
+
+
+@pytest.mark.parametrize("method", ["frequency", "exchange", "kmeans"])
+def test_classes(dataset, finished_run, method, tmp_path):
+    args = ("classes", "--data", dataset, "--method", method, "--run", finished_run, "--count", 12)
+    said = succeed("flashlm", *args, "--out", tmp_path / "classes.txt")
+    classes = read_classes(tmp_path / "classes.txt")
+    sizes = list(map(len, classes))
+    assert sum(sizes) == 300 and len(sizes) == 12
+    assert said.startswith(f"{tmp_path / 'classes.txt'}: 300 words in 12 classes of {min(sizes)} to {max(sizes)}, ")
+    assert "rows per position" in said and "nats per token of bigram information" in said
+    succeed("flashlm", *args, "--out", tmp_path / "again.txt")
+    assert (tmp_path / "again.txt").read_bytes() == (tmp_path / "classes.txt").read_bytes()
+
+
+def test_classes_by_cutoffs_of_a_raw_file(tmp_path):
+    ids = [3, 3, 3, 1, 1, 4, 4, 4, 4, 0]
+    (tmp_path / "ids.bin").write_bytes(struct.pack("<10H", *ids))
+    args = ("classes", "--tokens", tmp_path / "ids.bin", "--out", tmp_path / "classes.txt")
+    said = succeed("flashlm", *args, "--vocab-size", 6, "--method", "cutoffs", "--cutoffs", "1,4")
+    assert read_classes(tmp_path / "classes.txt") == [[4], [3, 1, 0], [2, 5]]
+    assert "of 1 to 3, 5.2 rows per position" in said  # 3 + 0.4 · 1 + 0.6 · 3
+    succeed("flashlm", *args, "--vocab-size", 50)
+    assert len(read_classes(tmp_path / "classes.txt")) == 7  # the root of the vocabulary
+
+
+def test_classes_refuses(dataset, finished_run, tmp_path):
+    out = tmp_path / "classes.txt"
+    (tmp_path / "ids.bin").write_bytes(struct.pack("<4H", 3, 1, 4, 1))
+    (tmp_path / "empty.bin").write_bytes(b"")
+    raw = ("classes", "--out", out, "--tokens", tmp_path / "ids.bin", "--vocab-size", 300)
+    refuse("give either --data DIR", "classes", "--out", out)
+    refuse("give either --data DIR", *raw, "--data", dataset)
+    refuse("--out is required", "classes", "--data", dataset)
+    refuse("--vocab-size must be between 1 and", *raw[:-2])
+    refuse("must hold tokens, got none", "classes", "--out", out, "--tokens", tmp_path / "empty.bin", "--vocab-size", 9)
+    refuse("--method", *raw, "--method", "magic")
+    refuse("--count", *raw, "--count", 0)
+    refuse("--count must be between 1 and 300, got 301", *raw, "--count", 301)
+    refuse("--row-price", *raw, "--row-price", -1)
+    refuse("--sweeps", *raw, "--sweeps", -1)
+    refuse("--method cutoffs needs --cutoffs", *raw, "--method", "cutoffs")
+    refuse("--cutoffs must rise", *raw, "--method", "cutoffs", "--cutoffs", "20,10")
+    refuse("--method kmeans needs --run", *raw, "--method", "kmeans")
+    refuse("train one with train_flashlm", *raw, "--method", "kmeans", "--run", tmp_path / "nowhere")
+    refuse("must have the tokens' vocabulary of 299, got 300", *raw[:-1], 299, "--method", "kmeans", "--run",
+           finished_run)
+    assert not out.exists()
+
+
+def test_classes_interrupted_writes_nothing(tmp_path):
+    ids = [i * i * 7919 % 50000 for i in range(400_000)]
+    (tmp_path / "ids.bin").write_bytes(struct.pack(f"<{len(ids)}H", *ids))
+    ours, terminal = os.openpty()
+    process = subprocess.Popen([program_path("flashlm"), "classes", "--tokens", str(tmp_path / "ids.bin"), "--vocab-size",
+                                "50000", "--method", "exchange", "--count", "4000", "--out", str(tmp_path / "classes.txt")],
+                               stdout=terminal)
+    shown = b""
+    while b"bringing words in" not in shown:
+        shown += os.read(ours, 4096)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    assert [path.name for path in tmp_path.iterdir()] == ["ids.bin"]
+    os.close(terminal)
+    os.close(ours)
 
 
 # ---- generate ----
