@@ -1,11 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// The public operator is a composite over _linear_cross_entropy_forward, which also returns the log-sum-exp
-// that the backward pass needs. Both passes walk over blocks of logits, kBlockRows positions by kBlockWords
-// words, that never leave the cache.
+// The public operator is a composite over _linear_cross_entropy_forward, which also returns the log-sum-exp.
+// All passes walk over blocks of logits, kBlockRows positions by kBlockWords words. Under autograd, a loss
+// that is a scalar gets its gradients at once, up to a factor, by _linear_cross_entropy_forward_backward, and
+// all that is left to the backward pass is that factor. Losses that are not reduced need the gradient of each
+// position first: _linear_cross_entropy_backward computes the logits again.
 #include "ops/linear_cross_entropy.h"
+
+#include <ATen/TensorSubclassLikeUtils.h>
+#include <sys/mman.h>
 
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <string>
 
 #include "ops/common.h"
@@ -28,6 +34,16 @@ TORCH_LIBRARY_FRAGMENT(flashlm, m) {
       "Tensor target, Tensor lse, float label_smoothing, float z_loss, int ignore_index, str reduction, "
       "str precision, bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
       {at::Tag::pt2_compliant_tag});
+  m.def(
+      "_linear_cross_entropy_forward_backward(Tensor h, Tensor weight, Tensor? bias, Tensor target, "
+      "float label_smoothing, float z_loss, int ignore_index, str reduction, str precision, "
+      "bool[3] output_mask) -> (Tensor loss, Tensor nll, Tensor lse, Tensor grad_h, Tensor grad_weight, "
+      "Tensor grad_bias)",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "_linear_cross_entropy_scale(Tensor gradient, Tensor grad_loss, Tensor h, Tensor weight, "
+      "Tensor? bias) -> Tensor",
+      {at::Tag::pt2_compliant_tag});
 }
 
 std::tuple<at::Tensor, at::Tensor> linear_cross_entropy(const at::Tensor& h, const at::Tensor& weight,
@@ -48,6 +64,7 @@ using Tensor = at::Tensor;
 using OptionalTensor = std::optional<at::Tensor>;
 using TwoTensors = std::tuple<Tensor, Tensor>;
 using ThreeTensors = std::tuple<Tensor, Tensor, Tensor>;
+using SixTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 ThreeTensors forward(const Tensor& h, const Tensor& weight, const OptionalTensor& bias, const Tensor& target,
                      double label_smoothing, double z_loss, int64_t ignore_index, c10::string_view reduction,
@@ -67,6 +84,27 @@ ThreeTensors backward(const Tensor& grad_loss, const Tensor& h, const Tensor& we
                              .typed<decltype(backward)>();
   return op.call(grad_loss, h, weight, bias, target, lse, label_smoothing, z_loss, ignore_index, reduction,
                  precision, output_mask);
+}
+
+SixTensors forward_backward(const Tensor& h, const Tensor& weight, const OptionalTensor& bias,
+                            const Tensor& target, double label_smoothing, double z_loss, int64_t ignore_index,
+                            c10::string_view reduction, c10::string_view precision,
+                            std::array<bool, 3> output_mask) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("flashlm::_linear_cross_entropy_forward_backward", "")
+                             .typed<decltype(forward_backward)>();
+  return op.call(h, weight, bias, target, label_smoothing, z_loss, ignore_index, reduction, precision,
+                 output_mask);
+}
+
+/// Knows h, weight and bias because the gradient depends on them: a derivative of it must find this operator
+/// in its way, which refuses.
+Tensor scale(const Tensor& gradient, const Tensor& grad_loss, const Tensor& h, const Tensor& weight,
+             const OptionalTensor& bias) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("flashlm::_linear_cross_entropy_scale", "")
+                             .typed<decltype(scale)>();
+  return op.call(gradient, grad_loss, h, weight, bias);
 }
 
 TwoTensors composite(const Tensor& h, const Tensor& weight, const OptionalTensor& bias, const Tensor& target,
@@ -141,7 +179,28 @@ ThreeTensors new_gradients(const Tensor& grad_loss, const Tensor& h, const Tenso
           output_mask[2] ? bias->new_empty_symint(bias->sym_sizes()) : no_grad()};
 }
 
-// ---- what both passes work on ----
+/// Gradients in the compute dtype, of a loss that is a scalar; empty where not wanted.
+SixTensors new_outputs_and_gradients(const Tensor& h, const Tensor& weight, const OptionalTensor& bias,
+                                     const Tensor& target, double label_smoothing, double z_loss,
+                                     int64_t ignore_index, c10::string_view reduction,
+                                     c10::string_view precision, std::array<bool, 3> output_mask) {
+  TORCH_CHECK(reduction != "none",
+              "linear_cross_entropy: gradients of 'none' need those of its losses first");
+  TORCH_CHECK(bias || !output_mask[2], "linear_cross_entropy: no gradient of a bias that is not given");
+  auto [loss, nll, lse] =
+      new_outputs(h, weight, bias, target, label_smoothing, z_loss, ignore_index, reduction, precision);
+  const auto like = [&](size_t i, const Tensor& t) {
+    return output_mask[i] ? at::empty_symint(t.sym_sizes(), loss.options()) : at::empty({0}, loss.options());
+  };
+  return {loss, nll, lse, like(0, h), like(1, weight), like(2, bias.value_or(h))};
+}
+
+Tensor new_scaled(const Tensor& gradient, const Tensor& /*grad_loss*/, const Tensor& h,
+                  const Tensor& /*weight*/, const OptionalTensor& /*bias*/) {
+  return h.new_empty_symint(gradient.sym_sizes());
+}
+
+// ---- what all passes work on ----
 
 constexpr int64_t kBlockRows = 256;
 constexpr int64_t kBlockWords = 256;
@@ -149,6 +208,8 @@ constexpr int64_t kBlockWords = 256;
 constexpr int64_t kBlockStride = kBlockWords + 16;
 // Rows of a task of the backward pass: bounds the slabs' partial gradients of h.
 constexpr int64_t kTaskRows = 2 * kBlockRows;
+// Logits that are kept at once, as long as they are kBlockRows positions' at least.
+constexpr int64_t kKeptLogits = 1 << 24;
 
 /// The work is cut by its shape alone, and what tasks find is combined in their order. The vocabulary: into
 /// blocks of words, and these into slabs of consecutive blocks. The rows: into groups, as many as make 16
@@ -163,6 +224,11 @@ struct Cut {
 
   int64_t first_word(int64_t slab) const { return slab * blocks / slabs * kBlockWords; }
 
+  /// Into how many groups a chunk of rows is cut.
+  int64_t groups_of(int64_t n) const {
+    return std::clamp<int64_t>((n + kTaskRows - 1) / kTaskRows, 1, groups);
+  }
+
   /// body(first word, words) for each block of the slab.
   template <class Body>
   void for_each_block(int64_t slab, const Body& body) const {
@@ -173,6 +239,12 @@ struct Cut {
   }
 
   int64_t words, rows, blocks, slabs, groups;
+};
+
+/// What decides the loss, given the logits.
+struct Options {
+  double label_smoothing, z_loss;
+  c10::string_view reduction;
 };
 
 /// body(first row, rows) for each block of rows in [begin, end), in order.
@@ -359,6 +431,30 @@ void for_each_target(const Problem& p, int64_t row, int64_t rows, int64_t word, 
   }
 }
 
+/// Asks for pages of 2 MiB. A large array comes fresh from the system in every call, and its pages of 4 KiB
+/// take longer to fault in than to write.
+void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  constexpr int64_t kPage = 1 << 21;
+  const int64_t first = reinterpret_cast<int64_t>(data), begin = round_up(first, kPage),
+                end = (first + bytes) / kPage * kPage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), static_cast<size_t>(end - begin), MADV_HUGEPAGE);
+#endif
+}
+
+/// The logits of a chunk of rows, block by block.
+template <class T>
+struct Logits {
+  Logits(const Cut& cut, int64_t rows) : capacity(rows), memory(rows * cut.blocks * kBlockStride) {
+    prefer_huge_pages(memory.data, memory.size * static_cast<int64_t>(sizeof(T)));
+  }
+  T* block(int64_t row, int64_t word) const {
+    return memory.data + (word / kBlockWords * capacity + row) * kBlockStride;
+  }
+  int64_t capacity;
+  Scratch<T> memory;
+};
+
 // ---- forward ----
 
 /// What a pass over the vocabulary leaves for each row; the first three once for each slab.
@@ -369,71 +465,93 @@ struct Statistics {
   Scratch<T> max, sum_exp, sum_z, z_target;
 };
 
+/// The rows in [begin, end), all words. Keeps the logits if there is room for them.
 template <class P, class T = typename P::Value>
-Statistics<T> scan_vocabulary(const Problem& p, const Cut& cut) {
-  const LeftOfLogits<P> h(p);
-  Statistics<T> s(cut.slabs, p.rows);
-  at::parallel_for(0, cut.slabs * cut.groups, 1, [&](int64_t first, int64_t last) {
+void scan_vocabulary(const Problem& p, const Cut& cut, const LeftOfLogits<P>& h, int64_t begin, int64_t end,
+                     Statistics<T>& s, const Logits<typename P::Value>* kept) {
+  const int64_t groups = cut.groups_of(end - begin);
+  at::parallel_for(0, cut.slabs * groups, 1, [&](int64_t first, int64_t last) {
     Scratch<typename P::Packed> packed(P::right_size(p.width, kBlockWords));
-    Scratch<T> z(kBlockRows * kBlockStride);
-    for_each_task(first, last, cut.groups, 0, p.rows, [&](int64_t slab, int64_t, int64_t begin, int64_t end) {
+    Scratch<T> scratch(kept ? 0 : kBlockRows * kBlockStride);
+    for_each_task(first, last, groups, begin, end, [&](int64_t slab, int64_t, int64_t from, int64_t to) {
       T* max = s.max.data + slab * p.rows;
       T* sum_exp = s.sum_exp.data + slab * p.rows;
       T* sum_z = s.sum_z.data + slab * p.rows;
-      std::fill(max + begin, max + end, std::numeric_limits<T>::lowest());
-      std::fill(sum_exp + begin, sum_exp + end, T(0));
-      std::fill(sum_z + begin, sum_z + end, T(0));
+      std::fill(max + from, max + to, std::numeric_limits<T>::lowest());
+      std::fill(sum_exp + from, sum_exp + to, T(0));
+      std::fill(sum_z + from, sum_z + to, T(0));
       cut.for_each_block(slab, [&](int64_t word, int64_t words) {
         P::right_transposed(p.width, words, p.weight.template const_data_ptr<T>() + word * p.width,
                             packed.data);
-        for_each_row_block(begin, end, [&](int64_t row, int64_t rows) {
-          block_logits<P>(p, h.blocks[row / kBlockRows], rows, word, words, packed.data, z.data);
-          P::table().cross_entropy(rows, words, z.data, kBlockStride, max + row, sum_exp + row, sum_z + row);
-          for_each_target(p, row, rows, word, words, z.data,
+        for_each_row_block(from, to, [&](int64_t row, int64_t rows) {
+          T* z = kept ? kept->block(row - begin, word) : scratch.data;
+          block_logits<P>(p, h.blocks[row / kBlockRows], rows, word, words, packed.data, z);
+          P::table().cross_entropy(rows, words, z, kBlockStride, max + row, sum_exp + row, sum_z + row);
+          for_each_target(p, row, rows, word, words, z,
                           [&](int64_t r, T z_target) { s.z_target.data[r] = z_target; });
         });
       });
     });
   });
-  return s;
 }
 
-template <class P, class T = typename P::Value>
-ThreeTensors forward_as(const Problem& p, at::IntArrayRef shape, double label_smoothing, double z_loss,
-                        c10::string_view reduction) {
-  const Cut cut(p.words, p.rows);
-  const Statistics<T> s = scan_vocabulary<P>(p, cut);
-  std::vector<double> losses(p.rows), nlls(p.rows), lses(p.rows);
-  at::parallel_for(0, p.rows, kBlockRows, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) {
-      double max = -std::numeric_limits<double>::infinity(), sum_exp = 0, sum_z = 0;
-      for (int64_t i = r; i < cut.slabs * p.rows; i += p.rows) max = std::max<double>(max, s.max.data[i]);
-      for (int64_t i = r; i < cut.slabs * p.rows; i += p.rows) {
-        sum_exp += s.sum_exp.data[i] * std::exp(s.max.data[i] - max);
-        sum_z += s.sum_z.data[i];
+/// What each row comes to, in double.
+struct Losses {
+  explicit Losses(const Problem& p) : loss(p.rows), nll(p.rows), lse(p.rows) {}
+
+  template <class T>
+  void finish(const Problem& p, const Cut& cut, const Options& o, int64_t begin, int64_t end,
+              const Statistics<T>& s) {
+    at::parallel_for(begin, end, kBlockRows, [&](int64_t from, int64_t to) {
+      for (int64_t r = from; r < to; ++r) {
+        double max = -std::numeric_limits<double>::infinity(), sum_exp = 0, sum_z = 0;
+        for (int64_t i = r; i < cut.slabs * p.rows; i += p.rows) max = std::max<double>(max, s.max.data[i]);
+        for (int64_t i = r; i < cut.slabs * p.rows; i += p.rows) {
+          sum_exp += s.sum_exp.data[i] * std::exp(s.max.data[i] - max);
+          sum_z += s.sum_z.data[i];
+        }
+        const double z_target = s.z_target.data[r];
+        lse[r] = max + std::log(sum_exp);
+        nll[r] = lse[r] - z_target;
+        loss[r] = nll[r] + o.z_loss * lse[r] * lse[r];
+        // Not 0 * infinity when words are masked by a bias of -inf.
+        if (o.label_smoothing > 0) {
+          loss[r] += o.label_smoothing * (z_target - sum_z / static_cast<double>(p.words));
+        }
       }
-      const double lse = max + std::log(sum_exp), z_target = s.z_target.data[r], nll = lse - z_target;
-      double loss = nll + z_loss * lse * lse;
-      // Not 0 * infinity when words are masked by a bias of -inf.
-      if (label_smoothing > 0) loss += label_smoothing * (z_target - sum_z / static_cast<double>(p.words));
-      lses[r] = lse;
-      losses[r] = loss;
-      nlls[r] = nll;
+    });
+    for (int64_t r = begin; r < end; ++r) {
+      TORCH_CHECK_VALUE(lse[r] < std::numeric_limits<double>::infinity(),
+                        "linear_cross_entropy: logits must be finite, got a log-sum-exp of ",
+                        std::isnan(lse[r]) ? "nan" : "inf", " at position ", p.positions[r],
+                        " (h, weight or bias has a NaN or an infinity)");
     }
-  });
-  double loss_sum = 0, nll_sum = 0;
-  for (int64_t r = 0; r < p.rows; ++r) {
-    TORCH_CHECK_VALUE(lses[r] < std::numeric_limits<double>::infinity(),
-                      "linear_cross_entropy: logits must be finite, got a log-sum-exp of ",
-                      std::isnan(lses[r]) ? "nan" : "inf", " at position ", p.positions[r],
-                      " (h, weight or bias has a NaN or an infinity)");
-    loss_sum += losses[r];
-    nll_sum += nlls[r];
   }
-  const Tensor lse = p.scatter<T>(lses, shape);
-  if (reduction == "none") return {p.scatter<T>(losses, shape), p.scatter<T>(nlls, shape), lse};
-  const double count = reduction == "mean" ? static_cast<double>(p.rows) : 1;
-  return {at::full({}, loss_sum / count, lse.options()), at::full({}, nll_sum / count, lse.options()), lse};
+
+  /// {loss, nll, lse} as the operator returns them.
+  template <class T>
+  ThreeTensors reduced(const Problem& p, const Options& o, at::IntArrayRef shape) const {
+    const Tensor lses = p.scatter<T>(lse, shape);
+    if (o.reduction == "none") return {p.scatter<T>(loss, shape), p.scatter<T>(nll, shape), lses};
+    const auto scalar = [&](const std::vector<double>& values) {
+      const double sum = std::accumulate(values.begin(), values.end(), 0.0);
+      return at::full({}, o.reduction == "mean" ? sum / static_cast<double>(p.rows) : sum, lses.options());
+    };
+    return {scalar(loss), scalar(nll), lses};
+  }
+
+  std::vector<double> loss, nll, lse;
+};
+
+template <class P, class T = typename P::Value>
+ThreeTensors forward_as(const Problem& p, const Options& o, at::IntArrayRef shape) {
+  const Cut cut(p.words, p.rows);
+  const LeftOfLogits<P> h(p);
+  Statistics<T> s(cut.slabs, p.rows);
+  Losses losses(p);
+  scan_vocabulary<P>(p, cut, h, 0, p.rows, s, /*kept=*/nullptr);
+  losses.finish(p, cut, o, 0, p.rows, s);
+  return losses.reduced<T>(p, o, shape);
 }
 
 ThreeTensors forward_cpu(const Tensor& h, const Tensor& weight, const OptionalTensor& bias,
@@ -443,7 +561,7 @@ ThreeTensors forward_cpu(const Tensor& h, const Tensor& weight, const OptionalTe
   const Problem p(h, weight, bias, target, ignore_index);
   ThreeTensors out;
   dispatch_products(h, precision, [&](auto products) {
-    out = forward_as<decltype(products)>(p, target.sizes(), label_smoothing, z_loss, reduction);
+    out = forward_as<decltype(products)>(p, {label_smoothing, z_loss, reduction}, target.sizes());
   });
   return out;
 }
@@ -453,19 +571,17 @@ ThreeTensors forward_cpu(const Tensor& h, const Tensor& weight, const OptionalTe
 /// The gradient of row r's logits is factor p - shift - [at the target] hit.
 template <class T>
 struct RowGradients {
-  RowGradients(const Problem& p, const Tensor& grad_loss, const Tensor& lse_in, double label_smoothing,
-               double z_loss, c10::string_view reduction) {
-    const double scale = reduction == "mean" ? 1 / static_cast<double>(p.rows) : 1;
-    const Tensor g = kernel_input(grad_loss, p.h), l = kernel_input(lse_in, p.h);
-    for (int64_t r = 0; r < p.rows; ++r) {
-      const double lse_r = l.const_data_ptr<T>()[p.positions[r]];
-      const double grad = g.const_data_ptr<T>()[reduction == "none" ? p.positions[r] : 0] * scale;
-      lse.push_back(static_cast<T>(lse_r));
-      factor.push_back(static_cast<T>(grad * (1 + 2 * z_loss * lse_r)));
-      shift.push_back(static_cast<T>(grad * label_smoothing / static_cast<double>(p.words)));
-      hit.push_back(static_cast<T>(grad * (1 - label_smoothing)));
-    }
+  explicit RowGradients(const Problem& p) : lse(p.rows), factor(p.rows), shift(p.rows), hit(p.rows) {}
+
+  /// grad: of the row's loss, before the mean is taken.
+  void set(const Problem& p, const Options& o, int64_t r, double lse_r, double grad) {
+    if (o.reduction == "mean") grad /= static_cast<double>(p.rows);
+    lse[r] = static_cast<T>(lse_r);
+    factor[r] = static_cast<T>(grad * (1 + 2 * o.z_loss * lse_r));
+    shift[r] = static_cast<T>(grad * o.label_smoothing / static_cast<double>(p.words));
+    hit[r] = static_cast<T>(grad * (1 - o.label_smoothing));
   }
+
   std::vector<T> lse, factor, shift, hit;
 };
 
@@ -494,10 +610,12 @@ struct Gradients {
   T *h, *weight_parts, *bias_parts;
 };
 
-/// The gradients from the rows in [begin, end), a chunk.
+/// The gradients from the rows in [begin, end), a chunk. Logits that were kept become their gradients;
+/// without them they are computed again.
 template <class P, class T = typename P::Value>
 void backward_chunk(const Problem& p, const Cut& cut, const LeftOfLogits<P>& h, const RowGradients<T>& g,
-                    int64_t begin, int64_t end, const Gradients<T>& grad) {
+                    int64_t begin, int64_t end, const Gradients<T>& grad,
+                    const Logits<typename P::Value>* kept) {
   const int64_t width = p.width, rows_in_chunk = end - begin;
   const int64_t right_block = P::right_size(kBlockRows, width);
   Scratch<typename P::Packed> right_h(
@@ -514,37 +632,37 @@ void backward_chunk(const Problem& p, const Cut& cut, const LeftOfLogits<P>& h, 
     return cut.slabs > 1 ? slab_grad_h.data + (slab * rows_in_chunk + row - begin) * width
                          : grad.h + row * width;
   };
-  const int64_t groups = std::min(cut.groups, (rows_in_chunk + kTaskRows - 1) / kTaskRows);
+  const int64_t groups = cut.groups_of(rows_in_chunk);
   at::parallel_for(0, cut.slabs * groups, 1, [&](int64_t first, int64_t last) {
-    Scratch<T> z(kBlockRows * kBlockStride);
-    Scratch<typename P::Packed> columns(P::right_size(width, kBlockWords)),
+    Scratch<T> scratch(kept ? 0 : kBlockRows * kBlockStride);
+    Scratch<typename P::Packed> columns(kept ? 0 : P::right_size(width, kBlockWords)),
         rows_of_weight(grad.h ? P::right_size(kBlockWords, width) : 0),
         left(P::left_size(kBlockRows, kBlockWords));
     for_each_task(
         first, last, groups, begin, end, [&](int64_t slab, int64_t group, int64_t from, int64_t to) {
           cut.for_each_block(slab, [&](int64_t word, int64_t words) {
             const T* weight = p.weight.template const_data_ptr<T>() + word * width;
-            P::right_transposed(width, words, weight, columns.data);
+            if (!kept) P::right_transposed(width, words, weight, columns.data);
             if (grad.h) P::right(words, width, weight, rows_of_weight.data);
             for_each_row_block(from, to, [&](int64_t row, int64_t rows) {
-              block_logits<P>(p, h.blocks[row / kBlockRows], rows, word, words, columns.data, z.data);
-              P::table().cross_entropy_backward(rows, words, z.data, kBlockStride, g.lse.data() + row,
+              T* z = kept ? kept->block(row - begin, word) : scratch.data;
+              if (!kept) block_logits<P>(p, h.blocks[row / kBlockRows], rows, word, words, columns.data, z);
+              P::table().cross_entropy_backward(rows, words, z, kBlockStride, g.lse.data() + row,
                                                 g.factor.data() + row, g.shift.data() + row);
-              for_each_target(p, row, rows, word, words, z.data, [&](int64_t r, T& dz) { dz -= g.hit[r]; });
+              for_each_target(p, row, rows, word, words, z, [&](int64_t r, T& dz) { dz -= g.hit[r]; });
               if (grad.h) {
-                P::multiply(rows, width, words, P::left(rows, words, z.data, kBlockStride, left.data),
+                P::multiply(rows, width, words, P::left(rows, words, z, kBlockStride, left.data),
                             rows_of_weight.data, grad_h_of(slab, row), width,
                             /*accumulate=*/word > cut.first_word(slab));
               }
               if (grad.weight_parts) {
-                P::multiply(words, width, rows,
-                            P::left_transposed(words, rows, z.data, kBlockStride, left.data),
+                P::multiply(words, width, rows, P::left_transposed(words, rows, z, kBlockStride, left.data),
                             right_h.data + (row - begin) / kBlockRows * right_block,
                             grad.weight_parts + (group * p.words + word) * width, width,
                             /*accumulate=*/begin > 0 || row > from);
               }
               if (grad.bias_parts) {
-                add_column_sums(rows, words, z.data, grad.bias_parts + group * p.words + word);
+                add_column_sums(rows, words, z, grad.bias_parts + group * p.words + word);
               }
             });
           });
@@ -555,32 +673,73 @@ void backward_chunk(const Problem& p, const Cut& cut, const LeftOfLogits<P>& h, 
   }
 }
 
+/// The gradients of a pass, in tensors.
+template <class T>
+struct GradientTensors {
+  GradientTensors(const Problem& p, const Cut& cut, std::array<bool, 3> wanted) {
+    const auto options = p.h.options();
+    if (wanted[0]) h = at::empty({p.rows, p.width}, options);
+    // Every group writes the whole of its part before it adds to it, if there are rows at all.
+    if (wanted[1]) {
+      weight_parts = at::empty({cut.groups, p.words, p.width}, options);
+      prefer_huge_pages(weight_parts.mutable_data_ptr(), static_cast<int64_t>(weight_parts.nbytes()));
+      if (p.rows == 0) weight_parts.zero_();
+    }
+    if (wanted[2]) bias_parts = at::zeros({cut.groups, p.words}, options);
+  }
+
+  Gradients<T> pointers() const {
+    const auto data = [](const Tensor& t) { return t.defined() ? t.mutable_data_ptr<T>() : nullptr; };
+    return {data(h), data(weight_parts), data(bias_parts)};
+  }
+
+  static Tensor sum(const Tensor& parts) {
+    if (!parts.defined() || parts.size(0) == 1) return parts.defined() ? parts[0] : parts;
+    const Tensor total = at::empty(parts.sizes().slice(1), parts.options());
+    sum_parts(parts.size(0), total.numel(), parts.const_data_ptr<T>(), total.mutable_data_ptr<T>());
+    return total;
+  }
+
+  ThreeTensors sums() const { return {h, sum(weight_parts), sum(bias_parts)}; }
+
+  Tensor h, weight_parts, bias_parts;
+};
+
 template <class P, class T = typename P::Value>
 ThreeTensors backward_as(const Problem& p, const RowGradients<T>& g, std::array<bool, 3> output_mask) {
-  if (p.rows == 0) {
-    return {output_mask[0] ? at::zeros_like(p.h) : no_grad(),
-            output_mask[1] ? at::zeros_like(p.weight) : no_grad(),
-            output_mask[2] ? at::zeros_like(p.bias) : no_grad()};
-  }
   const Cut cut(p.words, p.rows);
   const LeftOfLogits<P> h(p);
-  const auto options = p.h.options();
-  const Tensor grad_h = output_mask[0] ? at::empty_like(p.h) : no_grad();
-  const Tensor weight_parts = output_mask[1] ? at::empty({cut.groups, p.words, p.width}, options) : no_grad();
-  const Tensor bias_parts = output_mask[2] ? at::zeros({cut.groups, p.words}, options) : no_grad();
-  const auto data = [](const Tensor& t) { return t.defined() ? t.mutable_data_ptr<T>() : nullptr; };
+  const GradientTensors<T> grads(p, cut, output_mask);
   const int64_t chunk = cut.groups * kTaskRows;
   for (int64_t row = 0; row < p.rows; row += chunk) {
-    backward_chunk<P>(p, cut, h, g, row, std::min(p.rows, row + chunk),
-                      Gradients<T>{data(grad_h), data(weight_parts), data(bias_parts)});
+    backward_chunk<P>(p, cut, h, g, row, std::min(p.rows, row + chunk), grads.pointers(), /*kept=*/nullptr);
   }
-  const auto sum_of_groups = [&](const Tensor& parts) {
-    if (!parts.defined() || cut.groups == 1) return parts.defined() ? parts[0] : parts;
-    const Tensor sum = at::empty(parts.sizes().slice(1), options);
-    sum_parts(cut.groups, sum.numel(), data(parts), data(sum));
-    return sum;
-  };
-  return {grad_h, sum_of_groups(weight_parts), sum_of_groups(bias_parts)};
+  return grads.sums();
+}
+
+/// All at once, chunk by chunk of rows: logits, their statistics, their gradients.
+template <class P, class T = typename P::Value>
+std::tuple<ThreeTensors, ThreeTensors> forward_backward_as(const Problem& p, const Options& o,
+                                                           at::IntArrayRef shape,
+                                                           std::array<bool, 3> output_mask) {
+  const Cut cut(p.words, p.rows);
+  const LeftOfLogits<P> h(p);
+  const GradientTensors<T> grads(p, cut, output_mask);
+  const int64_t affordable = kKeptLogits / (cut.blocks * kBlockStride) / kBlockRows * kBlockRows;
+  const int64_t chunk =
+      std::min({std::clamp(affordable, kBlockRows, cut.groups * kTaskRows), round_up(p.rows, kBlockRows)});
+  const Logits<T> kept(cut, chunk);
+  Statistics<T> s(cut.slabs, p.rows);
+  Losses losses(p);
+  RowGradients<T> g(p);
+  for (int64_t row = 0; row < p.rows; row += chunk) {
+    const int64_t end = std::min(p.rows, row + chunk);
+    scan_vocabulary<P>(p, cut, h, row, end, s, &kept);
+    losses.finish(p, cut, o, row, end, s);
+    for (int64_t r = row; r < end; ++r) g.set(p, o, r, losses.lse[r], /*grad=*/1);
+    backward_chunk<P>(p, cut, h, g, row, end, grads.pointers(), &kept);
+  }
+  return {losses.reduced<T>(p, o, shape), grads.sums()};
 }
 
 /// grad (rows, D) at the positions it belongs to in a tensor like h, the rest zero.
@@ -601,13 +760,43 @@ ThreeTensors backward_cpu(const Tensor& grad_loss, const Tensor& h, const Tensor
   ThreeTensors grads;
   dispatch_products(h, precision, [&](auto products) {
     using P = decltype(products);
-    const RowGradients<typename P::Value> g(p, grad_loss, lse, label_smoothing, z_loss, reduction);
+    using T = typename P::Value;
+    const Tensor grad = kernel_input(grad_loss, p.h), lses = kernel_input(lse, p.h);
+    RowGradients<T> g(p);
+    for (int64_t r = 0; r < p.rows; ++r) {
+      g.set(p, {label_smoothing, z_loss, reduction}, r, lses.const_data_ptr<T>()[p.positions[r]],
+            grad.const_data_ptr<T>()[reduction == "none" ? p.positions[r] : 0]);
+    }
     grads = backward_as<P>(p, g, output_mask);
   });
   const auto as_input = [&](const Tensor& t) { return t.defined() ? t.to(h.scalar_type()) : t; };
   auto& [grad_h, grad_weight, grad_bias] = grads;
   if (grad_h.defined()) grad_h = grad_of_all_rows(p, grad_h, h);
   return {as_input(grad_h), as_input(grad_weight), as_input(grad_bias)};
+}
+
+SixTensors forward_backward_cpu(const Tensor& h, const Tensor& weight, const OptionalTensor& bias,
+                                const Tensor& target, double label_smoothing, double z_loss,
+                                int64_t ignore_index, c10::string_view reduction, c10::string_view precision,
+                                std::array<bool, 3> output_mask) {
+  new_outputs_and_gradients(h, weight, bias, target, label_smoothing, z_loss, ignore_index, reduction,
+                            precision, output_mask);
+  const Problem p(h, weight, bias, target, ignore_index);
+  std::tuple<ThreeTensors, ThreeTensors> out;
+  dispatch_products(h, precision, [&](auto products) {
+    out = forward_backward_as<decltype(products)>(p, {label_smoothing, z_loss, reduction}, target.sizes(),
+                                                  output_mask);
+  });
+  auto& [loss, nll, lse] = std::get<0>(out);
+  auto& [grad_h, grad_weight, grad_bias] = std::get<1>(out);
+  if (grad_h.defined()) grad_h = grad_of_all_rows(p, grad_h, h);
+  const auto or_empty = [&](const Tensor& t) { return t.defined() ? t : at::empty({0}, lse.options()); };
+  return {loss, nll, lse, or_empty(grad_h), or_empty(grad_weight), or_empty(grad_bias)};
+}
+
+Tensor scale_cpu(const Tensor& gradient, const Tensor& grad_loss, const Tensor& h, const Tensor& /*weight*/,
+                 const OptionalTensor& /*bias*/) {
+  return at::mul(gradient, grad_loss).to(h.scalar_type());
 }
 
 // ---- autograd ----
@@ -646,9 +835,52 @@ struct LinearCrossEntropy : torch::autograd::Function<LinearCrossEntropy> {
   }
 };
 
+/// The same for a loss that is a scalar: the forward pass computes the gradients, for the loss's own of 1.
+struct ScalarLinearCrossEntropy : torch::autograd::Function<ScalarLinearCrossEntropy> {
+  static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx, const Tensor& h,
+                                                const Tensor& weight, const OptionalTensor& bias,
+                                                const Tensor& target, double label_smoothing, double z_loss,
+                                                int64_t ignore_index, const std::string& reduction,
+                                                const std::string& precision, std::array<bool, 3> wanted) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto [loss, nll, lse, grad_h, grad_weight, grad_bias] = forward_backward(
+        h, weight, bias, target, label_smoothing, z_loss, ignore_index, reduction, precision, wanted);
+    ctx->mark_non_differentiable({nll, lse});
+    const auto if_wanted = [&](size_t i, const Tensor& t) { return wanted[i] ? t : Tensor(); };
+    ctx->save_for_backward({if_wanted(0, grad_h), if_wanted(1, grad_weight), if_wanted(2, grad_bias), h,
+                            weight, bias.value_or(Tensor())});
+    return {loss, nll, lse};
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                                 const torch::autograd::variable_list& grads) {
+    torch::autograd::variable_list out = ctx->get_saved_variables();
+    const Tensor h = out[3], weight = out[4], bias = out[5];
+    // The usual case needs no copy. Neither tracing nor a derivative of this derivative may see the choice.
+    const bool as_they_are =
+        !at::GradMode::is_enabled() && !at::isTensorSubclassLike(grads[0]) && grads[0].item<double>() == 1;
+    out.resize(3);
+    for (Tensor& grad : out) {
+      if (!grad.defined()) continue;
+      grad = as_they_are
+                 ? grad.to(h.scalar_type())
+                 : scale(grad, grads[0], h, weight, bias.defined() ? OptionalTensor(bias) : std::nullopt);
+    }
+    out.resize(10);  // one for each argument of forward
+    return out;
+  }
+};
+
 ThreeTensors forward_autograd(const Tensor& h, const Tensor& weight, const OptionalTensor& bias,
                               const Tensor& target, double label_smoothing, double z_loss,
                               int64_t ignore_index, c10::string_view reduction, c10::string_view precision) {
+  const std::array<bool, 3> wanted = {h.requires_grad(), weight.requires_grad(),
+                                      bias && bias->requires_grad()};
+  if (reduction != "none" && at::GradMode::is_enabled() && (wanted[0] || wanted[1] || wanted[2])) {
+    auto out = ScalarLinearCrossEntropy::apply(h, weight, bias, target, label_smoothing, z_loss, ignore_index,
+                                               std::string(reduction), std::string(precision), wanted);
+    return {out[0], out[1], out[2]};
+  }
   auto out = LinearCrossEntropy::apply(h, weight, bias, target, label_smoothing, z_loss, ignore_index,
                                        std::string(reduction), std::string(precision));
   return {out[0], out[1], out[2]};
@@ -660,14 +892,21 @@ TORCH_LIBRARY_IMPL(flashlm, CompositeImplicitAutograd, m) { m.impl("linear_cross
 TORCH_LIBRARY_IMPL(flashlm, CPU, m) {
   m.impl("_linear_cross_entropy_forward", forward_cpu);
   m.impl("_linear_cross_entropy_backward", backward_cpu);
+  m.impl("_linear_cross_entropy_forward_backward", forward_backward_cpu);
+  m.impl("_linear_cross_entropy_scale", scale_cpu);
 }
 TORCH_LIBRARY_IMPL(flashlm, Meta, m) {
   m.impl("_linear_cross_entropy_forward", new_outputs);
   m.impl("_linear_cross_entropy_backward", new_gradients);
+  m.impl("_linear_cross_entropy_forward_backward", new_outputs_and_gradients);
+  m.impl("_linear_cross_entropy_scale", new_scaled);
 }
 TORCH_LIBRARY_IMPL(flashlm, Autograd, m) {
   m.impl("_linear_cross_entropy_forward", forward_autograd);
-  m.impl("_linear_cross_entropy_backward", torch::autograd::autogradNotImplementedFallback());
+  for (const char* op : {"_linear_cross_entropy_backward", "_linear_cross_entropy_forward_backward",
+                         "_linear_cross_entropy_scale"}) {
+    m.impl(op, torch::autograd::autogradNotImplementedFallback());
+  }
 }
 
 }  // namespace flashlm

@@ -13,8 +13,9 @@ T sum_of_exp(int64_t cols, const T* z, T max) {
   Vec<T> sum = {};
   int64_t i = 0;
   for (; i + kLanes<T> <= cols; i += kLanes<T>) sum += vec_exp(load(z + i) - max);
-  const Vec<T> last = vec_exp(load_first(z + i, cols - i) - max);
   T total = reduce_add<T>(sum);
+  if (i == cols) return total;
+  const Vec<T> last = vec_exp(load_first(z + i, cols - i) - max);
   for (int64_t lane = 0; lane < cols - i; ++lane) total += last[lane];
   return total;
 }

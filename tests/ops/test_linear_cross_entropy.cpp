@@ -179,10 +179,10 @@ TEST_CASE("linear_cross_entropy equals its reference around its blocks", "[linea
 }
 
 TEST_CASE("linear_cross_entropy of few words and many rows equals its reference", "[linear_cross_entropy]") {
-  // One group of rows, two, and so many that they take their turns twice.
+  // One group of rows, two, and several chunks of them: with groups, and without. A fifth is ignored.
   const auto [positions, vocabulary] =
-      GENERATE(table<int64_t, int64_t>({{512, 224}, {1000, 224}, {1030, 2000}, {8800, 3}}));
-  const Options options{0.1, 1e-3, -100, "sum"};
+      GENERATE(table<int64_t, int64_t>({{512, 224}, {1000, 224}, {1030, 2000}, {12000, 3}, {1300, 3000}}));
+  const Options options{0.1, 1e-3, -100, GENERATE("sum", "none")};
   const at::Tensor y = targets({positions}, vocabulary, options);
   require_equals_reference(parameters({positions}, vocabulary, 16, true, at::kFloat), y, options, 4e-6, 1e-5);
 }
@@ -387,10 +387,10 @@ TEST_CASE("linear_cross_entropy in bfloat16 is float32 for what is exact in bflo
 TEST_CASE("linear_cross_entropy does not depend on the number of threads", "[linear_cross_entropy]") {
   // Several slabs; one, and rows in groups; both, and more rows than fit one chunk of groups.
   const auto [positions, vocabulary] =
-      GENERATE(table<int64_t, int64_t>({{600, 3000}, {2100, 224}, {1300, 1200}, {8800, 5}}));
+      GENERATE(table<int64_t, int64_t>({{1300, 3000}, {2100, 224}, {1300, 1200}, {12000, 5}}));
   const std::string precision = GENERATE("float32", "bfloat16");
   const Tensors inputs = parameters({positions}, vocabulary, 24, true, at::kFloat);
-  const Options options{0.1, 1e-3, -100, "mean", precision};
+  const Options options{0.1, 1e-3, -100, GENERATE("mean", "none"), precision};
   const at::Tensor y = targets({positions}, vocabulary, options);
   require_same_for_any_threads([&] {
     Tensors out = gradients([&](const Tensors& t) { return std::get<0>(run(t, y, options)); }, inputs);
@@ -402,29 +402,46 @@ TEST_CASE("linear_cross_entropy does not depend on the number of threads", "[lin
 }
 
 TEST_CASE("linear_cross_entropy never holds the logits", "[linear_cross_entropy]") {
-  constexpr int64_t kPositions = 2048, kWords = 20000, kWidth = 16, kSlabs = 32;
+  constexpr int64_t kPositions = 8192, kWords = 20000, kWidth = 16, kSlabs = 32;
   const Tensors inputs = parameters({kPositions}, kWords, kWidth, true, at::kFloat);
   const at::Tensor y = targets({kPositions}, kWords, {}, /*ignore=*/false);
+  const std::string reduction = GENERATE("mean", "none");
   const int64_t threads = at::get_num_threads();
   // The header's formulas, and room for what is (N) or (V).
-  constexpr int64_t kSmall = 16 * (kPositions + kWords);
+  constexpr int64_t kSmall = 32 * (kPositions + kWords);
   const int64_t forward = 4 * (3 * kSlabs * kPositions + 256 * threads * (kWidth + 272));
   const int64_t backward = 4 * ((kSlabs + 1) * 512 * kWidth + 256 * threads * (2 * kWidth + 272));
   const int64_t grads = 4 * (kPositions + kWords + 1) * kWidth;
+  const int64_t at_once = reduction == "none" ? 0 : backward + grads + 4 * (1 << 24);
   at::Tensor loss;
   {
     PeakMemory peak;
-    loss = std::get<0>(run(inputs, y, {}));
+    loss = std::get<0>(run(inputs, y, {0, 0, -100, reduction}));
     REQUIRE(peak.bytes() > 0);
-    REQUIRE(peak.bytes() < forward + kSmall);
+    REQUIRE(peak.bytes() < forward + at_once + kSmall);
   }
   {
+    const at::Tensor sum = loss.sum();
     PeakMemory peak;
-    loss.backward();
-    REQUIRE(peak.bytes() > grads);
-    REQUIRE(peak.bytes() < backward + grads + kSmall);
+    sum.backward();
+    REQUIRE(peak.bytes() < (reduction == "none" ? backward + grads : 0) + kSmall);
   }
-  REQUIRE(forward + backward + grads + 2 * kSmall < kPositions * kWords * 4 / 10);
+  REQUIRE(forward + backward + grads + at_once < kPositions * kWords * 4 / 7);
+}
+
+TEST_CASE("linear_cross_entropy: a loss that is used twice, scaled or not", "[linear_cross_entropy]") {
+  const auto dtype = GENERATE(at::kFloat, at::kBFloat16);
+  const Tensors inputs = parameters({20}, 300, 8, true, dtype);
+  const at::Tensor y = targets({20}, 300, {}), loss = std::get<0>(run(inputs, y, {}));
+  const auto grads = [&](double factor) {
+    return torch::autograd::grad({loss}, inputs, {at::full({}, factor)}, /*retain_graph=*/true);
+  };
+  const Tensors one = grads(1), scaled = grads(-0.5), again = grads(1);
+  for (size_t i = 0; i < 3; ++i) {
+    REQUIRE(one[i].scalar_type() == dtype);
+    require_equal(scaled[i], one[i] * -0.5);
+    require_equal(again[i], one[i]);
+  }
 }
 
 TEST_CASE("linear_cross_entropy refuses wrong arguments in words", "[linear_cross_entropy]") {
@@ -460,9 +477,14 @@ TEST_CASE("linear_cross_entropy refuses wrong arguments in words", "[linear_cros
 }
 
 TEST_CASE("linear_cross_entropy refuses double backward in words", "[linear_cross_entropy]") {
+  const auto [reduction, op] =
+      GENERATE(table<std::string, std::string>({{"mean", "scale"}, {"none", "backward"}}));
   const Tensors inputs = parameters({3}, 6, 4, true, at::kFloat);
-  const at::Tensor loss = std::get<0>(run(inputs, targets({3}, 6, {}, false), {}));
-  const at::Tensor g = torch::autograd::grad({loss.square()}, {inputs[0]}, {}, true, true)[0];
-  require_error([&] { g.sum().backward(); },
-                "derivative for flashlm::_linear_cross_entropy_backward is not implemented");
+  const at::Tensor y = targets({3}, 6, {}, false);
+  const at::Tensor loss = std::get<0>(run(inputs, y, {0, 0, -100, reduction})).sum();
+  for (const at::Tensor& root : {loss, loss.square()}) {
+    const at::Tensor g = torch::autograd::grad({root}, {inputs[0]}, {}, true, true)[0];
+    require_error([&] { g.sum().backward(); },
+                  "derivative for flashlm::_linear_cross_entropy_" + op + " is not implemented");
+  }
 }
