@@ -627,7 +627,7 @@ ThreeTensors backward_as(const Problem& p, const RowGradients<T>& g, std::array<
           }
           if (to_bias) add_column_sums(rows, words, b.z.data, block_grad_bias.data);
         });
-        if (to_weight) scatter_rows(block_grad_weight.data, words, width, b.numbers(word), to_weight);
+        if (to_weight) table.stream_rows(words, width, block_grad_weight.data, b.numbers(word), to_weight);
         if (to_bias) scatter_rows(block_grad_bias.data, words, 1, b.numbers(word), to_bias);
       });
       if (to_h) scatter_rows(class_grad_h.data, b.rows, width, p.positions.data() + b.first_row, to_h);
