@@ -392,14 +392,16 @@ Case hierarchical_cross_entropy_case(int64_t positions, int64_t width, int64_t v
     // Three products of each position by the classes and by the words of its target's class.
     const at::Tensor sizes = classes.offsets.diff();
     const at::Tensor of_class = at::bucketize(target, classes.offsets, false, true) - 1;
-    const double rows = sizes.index_select(0, of_class).sum().item<double>() + static_cast<double>(positions * count);
+    const double rows =
+        sizes.index_select(0, of_class).sum().item<double>() + static_cast<double>(positions * count);
     Contest contest = products(3 * rows * static_cast<double>(width), Pass::kForwardBackward, "float32");
     add_expressions(
         contest,
-        {at::randn({positions, width}), at::randn({count, width}) * 0.02, at::randn({vocabulary, width}) * 0.02},
+        {at::randn({positions, width}), at::randn({count, width}) * 0.02,
+         at::randn({vocabulary, width}) * 0.02},
         [=](const Tensors& t) {
-          return std::get<0>(hierarchical_cross_entropy(t[0], t[1], std::nullopt, t[2], std::nullopt, classes.words,
-                                                        classes.offsets, target));
+          return std::get<0>(hierarchical_cross_entropy(t[0], t[1], std::nullopt, t[2], std::nullopt,
+                                                        classes.words, classes.offsets, target));
         },
         [=](const Tensors& t) { return eager_hierarchical(t, classes, target); });
     return contest;
@@ -439,9 +441,9 @@ Case adaptive_cross_entropy_case(int64_t positions, int64_t width, const std::ve
         const at::Tensor inside = target.ge(cutoffs[i]).logical_and(target.lt(end));
         in_head.masked_fill_(inside, cutoffs[0] + i);
         const at::Tensor met = inside.nonzero().squeeze(1);
-        const at::Tensor z =
-            at::linear(at::linear(t[0].index_select(0, met), t[2 * i + 2]), t[2 * i + 3]);
-        loss = loss + at::cross_entropy_loss(z, target.index_select(0, met) - cutoffs[i], {}, at::Reduction::Sum);
+        const at::Tensor z = at::linear(at::linear(t[0].index_select(0, met), t[2 * i + 2]), t[2 * i + 3]);
+        loss = loss +
+               at::cross_entropy_loss(z, target.index_select(0, met) - cutoffs[i], {}, at::Reduction::Sum);
       }
       loss = loss + at::cross_entropy_loss(at::linear(t[0], t[1]), in_head, {}, at::Reduction::Sum);
       return loss / target.numel();

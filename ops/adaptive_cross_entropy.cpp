@@ -14,7 +14,8 @@ TORCH_LIBRARY_FRAGMENT(flashlm, m) {
   m.def(
       "adaptive_cross_entropy(Tensor h, Tensor head_weight, Tensor? head_bias, Tensor[] tail_projections, "
       "Tensor[] tail_weights, Tensor target, *, float label_smoothing=0., float z_loss=0., "
-      "int ignore_index=-100, str reduction=\"mean\", str precision=\"float32\") -> (Tensor loss, Tensor nll)",
+      "int ignore_index=-100, str reduction=\"mean\", str precision=\"float32\") -> (Tensor loss, Tensor "
+      "nll)",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "adaptive_log_prob(Tensor h, Tensor head_weight, Tensor? head_bias, Tensor[] tail_projections, "
@@ -86,17 +87,19 @@ void check_all(const char* op, const Tensor& h, const Tensor& head_weight, const
     const std::string weight = c10::str("tail_weights[", i, "]");
     check_matrix(op, c10::str("tail_projections[", i, "]"), tail_projections[i], h, h.sym_size(-1));
     check_matrix(op, weight, tail_weights[i], h, tail_projections[i].sym_size(0));
-    TORCH_SYM_CHECK(tail_weights[i].sym_size(0).sym_gt(0), op, ": ", weight, " must have at least 1 row, got 0");
+    TORCH_SYM_CHECK(tail_weights[i].sym_size(0).sym_gt(0), op, ": ", weight,
+                    " must have at least 1 row, got 0");
   }
 }
 
 // ---- targets of each level ----
 
-/// (n + 1, ...): the word's number in the head, and in each of the n tails; -1 where it is in another tail, or
-/// ignored: any other ignore_index may be a number. Tail i has the words from first[i] to first[i + 1].
+/// (n + 1, ...): the word's number in the head, and in each of the n tails; -1 where it is in another tail,
+/// or ignored: any other ignore_index may be a number. Tail i has the words from first[i] to first[i + 1].
 Tensor targets(const Tensor& target, c10::SymIntArrayRef first, int64_t ignore_index) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("flashlm::_adaptive_targets", "").typed<decltype(targets)>();
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("flashlm::_adaptive_targets", "")
+                             .typed<decltype(targets)>();
   return op.call(target, first, ignore_index);
 }
 
@@ -116,8 +119,9 @@ Tensor targets_cpu(const Tensor& target, at::IntArrayRef first, int64_t ignore_i
   const int64_t n = words.numel(), shortlist = first.front();
   for (int64_t i = 0; i < n; ++i) {
     if (word[i] == ignore_index) continue;
-    TORCH_CHECK(word[i] >= 0 && word[i] < first.back(), "adaptive_cross_entropy: target must be in [0, V) = [0, ",
-                first.back(), ") or ignore_index ", ignore_index, ", got ", word[i], " at position ", i);
+    TORCH_CHECK(word[i] >= 0 && word[i] < first.back(),
+                "adaptive_cross_entropy: target must be in [0, V) = [0, ", first.back(), ") or ignore_index ",
+                ignore_index, ", got ", word[i], " at position ", i);
     if (word[i] < shortlist) {
       level[i] = word[i];
       continue;

@@ -80,10 +80,12 @@ at::Tensor hierarchical_log_prob(const at::Tensor& h, const at::Tensor& class_we
   return op.call(h, class_weight, class_bias, word_weight, word_bias, class_words, class_offsets);
 }
 
-std::tuple<at::Tensor, at::Tensor> hierarchical_top_k(
-    const at::Tensor& h, const at::Tensor& class_weight, const std::optional<at::Tensor>& class_bias,
-    const at::Tensor& word_weight, const std::optional<at::Tensor>& word_bias, const at::Tensor& class_words,
-    const at::Tensor& class_offsets, int64_t k) {
+std::tuple<at::Tensor, at::Tensor> hierarchical_top_k(const at::Tensor& h, const at::Tensor& class_weight,
+                                                      const std::optional<at::Tensor>& class_bias,
+                                                      const at::Tensor& word_weight,
+                                                      const std::optional<at::Tensor>& word_bias,
+                                                      const at::Tensor& class_words,
+                                                      const at::Tensor& class_offsets, int64_t k) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("flashlm::hierarchical_top_k", "")
                              .typed<decltype(hierarchical_top_k)>();
@@ -684,8 +686,7 @@ struct HierarchicalWords : torch::autograd::Function<HierarchicalWords> {
         grads[0], saved[0], saved[1], word_bias, saved[3], saved[4], saved[5], saved[6],
         data["label_smoothing"].toDouble(), data["z_loss"].toDouble(), data["reduction"].toStringRef(),
         {ctx->needs_input_grad(0), ctx->needs_input_grad(1), word_bias && ctx->needs_input_grad(2)});
-    return {grad_h,    grad_weight, grad_bias, no_grad(), no_grad(),
-            no_grad(), no_grad(),   no_grad(), no_grad()};
+    return {grad_h, grad_weight, grad_bias, no_grad(), no_grad(), no_grad(), no_grad(), no_grad(), no_grad()};
   }
 };
 
@@ -724,13 +725,15 @@ Tensor log_prob_composite(const Tensor& h_in, const Tensor& class_weight, const 
   const auto linear = [&](const Tensor& weight, const OptionalTensor& bias) {
     return at::linear(h_in.to(dtype), weight.to(dtype), bias ? OptionalTensor(bias->to(dtype)) : bias);
   };
-  const Tensor log_class = linear(class_weight, class_bias).log_softmax(-1), z = linear(word_weight, word_bias);
+  const Tensor log_class = linear(class_weight, class_bias).log_softmax(-1),
+               z = linear(word_weight, word_bias);
   const Tensor words = at::arange(class_words.sym_size(0), class_words.options());
   const Tensor class_of = std::get<0>(places(op, class_words, class_offsets, words, /*ignore_index=*/-1));
   // A class's log-sum-exp, from differences with its largest logit.
-  const Tensor max = at::zeros_like(log_class).detach().scatter_reduce(
-      -1, class_of.expand_as(z), z.detach(), "amax", /*include_self=*/false);
-  const Tensor sum = at::zeros_like(log_class).index_add(-1, class_of, (z - max.index_select(-1, class_of)).exp());
+  const Tensor max = at::zeros_like(log_class).detach().scatter_reduce(-1, class_of.expand_as(z), z.detach(),
+                                                                       "amax", /*include_self=*/false);
+  const Tensor sum =
+      at::zeros_like(log_class).index_add(-1, class_of, (z - max.index_select(-1, class_of)).exp());
   return z + (log_class - max - sum.log()).index_select(-1, class_of);
 }
 
@@ -765,9 +768,10 @@ class Distribution {
   const std::vector<double>& words(int64_t c) {
     if (words_[c].empty()) {
       const Tensor numbers = classes.words_tensor.slice(0, classes.offsets[c], classes.offsets[c + 1]);
-      words_[c] = log_softmax(word_weight_.index_select(0, numbers),
-                              word_bias_ ? OptionalTensor(word_bias_->index_select(0, numbers)) : std::nullopt,
-                              "a class's words");
+      words_[c] =
+          log_softmax(word_weight_.index_select(0, numbers),
+                      word_bias_ ? OptionalTensor(word_bias_->index_select(0, numbers)) : std::nullopt,
+                      "a class's words");
       for (double& log_p : words_[c]) log_p += log_class[c];
     }
     return words_[c];
@@ -785,8 +789,8 @@ class Distribution {
     z = z.to(at::kDouble);
     std::vector<double> log_p(z.const_data_ptr<double>(), z.const_data_ptr<double>() + z.numel());
     const double lse = log_sum_exp(log_p);
-    TORCH_CHECK_VALUE(std::isfinite(lse), op_, ": logits must be finite, got a log-sum-exp over ", what, " of ",
-                      lse, " at position ", position_);
+    TORCH_CHECK_VALUE(std::isfinite(lse), op_, ": logits must be finite, got a log-sum-exp over ", what,
+                      " of ", lse, " at position ", position_);
     for (double& value : log_p) value -= lse;
     return log_p;
   }
@@ -869,9 +873,10 @@ TwoTensors new_top_k(const Tensor& h, const Tensor& class_weight, const Optional
 
 /// body(distribution, i) for each of the rows of h.
 template <class Body>
-void for_each_row(const char* op, const Tensor& h, const Tensor& class_weight, const OptionalTensor& class_bias,
-                  const Tensor& word_weight, const OptionalTensor& word_bias, const Tensor& class_words,
-                  const Tensor& class_offsets, const Body& body) {
+void for_each_row(const char* op, const Tensor& h, const Tensor& class_weight,
+                  const OptionalTensor& class_bias, const Tensor& word_weight,
+                  const OptionalTensor& word_bias, const Tensor& class_words, const Tensor& class_offsets,
+                  const Body& body) {
   const Classes classes(op, class_words, class_offsets);
   const Tensor rows = kernel_input(h, h).reshape({-1, h.size(-1)});
   for (int64_t i = 0; i < rows.size(0); ++i) {
@@ -911,7 +916,8 @@ int64_t draw(const std::vector<double>& masses, double u) {
     if (left < 0) return static_cast<int64_t>(i);
   }
   // Rounding has left a little over.
-  return std::find_if(masses.rbegin(), masses.rend(), [](double m) { return m > 0; }).base() - masses.begin() - 1;
+  return std::find_if(masses.rbegin(), masses.rend(), [](double m) { return m > 0; }).base() -
+         masses.begin() - 1;
 }
 
 /// e^(x - max x).
@@ -1033,8 +1039,8 @@ Tensor sample_cpu(const Tensor& h, const Tensor& class_weight, const OptionalTen
                   std::optional<at::Generator> generator_in) {
   const Tensor word = new_sample(h, class_weight, class_bias, word_weight, word_bias, class_words,
                                  class_offsets, temperature, top_k, top_p, generator_in);
-  auto* generator = at::get_generator_or_default<at::CPUGeneratorImpl>(
-      generator_in, at::detail::getDefaultCPUGenerator());
+  auto* generator =
+      at::get_generator_or_default<at::CPUGeneratorImpl>(generator_in, at::detail::getDefaultCPUGenerator());
   const std::scoped_lock lock(generator->mutex_);
   at::uniform_real_distribution<double> distribution(0, 1);
   const Uniform uniform = [&] { return distribution(generator); };

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "ops/adaptive_cross_entropy.h"
-
 #include "tests/ops/check.h"
 
 using namespace flashlm;
@@ -10,7 +9,8 @@ namespace {
 
 /// torch's module and its parameters in the operators' order.
 struct Peer {
-  Peer(int64_t width, int64_t vocabulary, const std::vector<int64_t>& cutoffs, double div_value, bool head_bias)
+  Peer(int64_t width, int64_t vocabulary, const std::vector<int64_t>& cutoffs, double div_value,
+       bool head_bias)
       : module(torch::nn::AdaptiveLogSoftmaxWithLossOptions(width, vocabulary, cutoffs)
                    .div_value(div_value)
                    .head_bias(head_bias)) {
@@ -88,9 +88,10 @@ TEST_CASE("adaptive_cross_entropy: reductions, smoothing and positions left out"
                                   label_smoothing, z_loss, ignore, reduction);
   };
   const auto [all_loss, all_nll] = run(0.1, 0.01, "none", -100);
-  require_close(all_nll, -adaptive_log_prob(h, peer.module->head->weight, peer.bias, peer.projections, peer.weights)
-                              .gather(2, y.unsqueeze(2))
-                              .squeeze(2),
+  require_close(all_nll,
+                -adaptive_log_prob(h, peer.module->head->weight, peer.bias, peer.projections, peer.weights)
+                     .gather(2, y.unsqueeze(2))
+                     .squeeze(2),
                 1e-13);
   REQUIRE((all_loss != all_nll).all().item<bool>());
   const at::Tensor kept = y != 6;
@@ -111,28 +112,31 @@ TEST_CASE("adaptive_log_prob sums to one", "[adaptive]") {
     return out;
   };
   const at::Tensor log_p =
-      adaptive_log_prob(randn({3, 16}) * spread, peer.module->head->weight.detach().to(at::kFloat), std::nullopt,
-                        in_float(peer.projections), in_float(peer.weights));
+      adaptive_log_prob(randn({3, 16}) * spread, peer.module->head->weight.detach().to(at::kFloat),
+                        std::nullopt, in_float(peer.projections), in_float(peer.weights));
   require_close(log_p.exp().sum(-1), at::ones({3}), 1e-5);
 }
 
 TEST_CASE("adaptive_cross_entropy refuses wrong arguments in words", "[adaptive]") {
   const at::Tensor h = randn({3, 4}), head = randn({5, 4}), y = at::tensor(std::vector<int64_t>{0, 8, 2});
   const Tensors projections = {randn({2, 4}), randn({1, 4})}, weights = {randn({4, 2}), randn({2, 1})};
-  const auto fails = [&](const std::string& what, const at::Tensor& head_weight, const Tensors& p, const Tensors& w,
-                         const at::Tensor& target) {
+  const auto fails = [&](const std::string& what, const at::Tensor& head_weight, const Tensors& p,
+                         const Tensors& w, const at::Tensor& target) {
     require_error([&] { adaptive_cross_entropy(h, head_weight, std::nullopt, p, w, target); },
                   "adaptive_cross_entropy: " + what);
   };
   fails("tail_weights must have at least 1 tensor, got 0", head, {}, {}, y);
   fails("tail_projections must be as many as tail_weights, 2, got 1", head, {projections[0]}, weights, y);
-  fails("head_weight must have more rows than there are tails, 2, got 2", randn({2, 4}), projections, weights, y);
+  fails("head_weight must have more rows than there are tails, 2, got 2", randn({2, 4}), projections, weights,
+        y);
   fails("head_weight's last dimension must be 4, got 3", randn({5, 3}), projections, weights, y);
-  fails("tail_projections[1]'s last dimension must be 4, got 3", head, {projections[0], randn({1, 3})}, weights, y);
-  fails("tail_weights[0]'s last dimension must be 2, got 3", head, projections, {randn({4, 3}), weights[1]}, y);
+  fails("tail_projections[1]'s last dimension must be 4, got 3", head, {projections[0], randn({1, 3})},
+        weights, y);
+  fails("tail_weights[0]'s last dimension must be 2, got 3", head, projections, {randn({4, 3}), weights[1]},
+        y);
   fails("tail_weights[1] must have h's dtype Float, got Double", head, projections,
         {weights[0], weights[1].to(at::kDouble)}, y);
-  fails("target must be in [0, V) = [0, 9) or ignore_index -100, got 9 at position 1", head, projections, weights,
-        y + 1);
+  fails("target must be in [0, V) = [0, 9) or ignore_index -100, got 9 at position 1", head, projections,
+        weights, y + 1);
   fails("target must be int64, got Int", head, projections, weights, y.to(at::kInt));
 }

@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <cstdlib>
+
 #include "ops/hierarchical_cross_entropy.h"
-
-#include <numeric>
-
 #include "tests/ops/check.h"
 #include "tests/ops/reference.h"
 
@@ -193,8 +192,8 @@ TEST_CASE("hierarchical_cross_entropy: words that no target has beside it", "[hi
     const Tensors grads = torch::autograd::grad({std::get<0>(run(inputs, classes, y, {}))}, inputs);
     require_equal(grads[3], at::zeros_like(grads[3]));
     require_equal(grads[4], at::zeros_like(grads[4]));
-    const auto class_only = reference::linear_cross_entropy(inputs[0], inputs[1], inputs[2], at::ones({6}, at::kLong),
-                                                            0, 0, -100, "none");
+    const auto class_only = reference::linear_cross_entropy(inputs[0], inputs[1], inputs[2],
+                                                            at::ones({6}, at::kLong), 0, 0, -100, "none");
     require_close(std::get<0>(run(inputs, classes, y, {0, 0, -100, "none"})), std::get<0>(class_only), 1e-6);
   }
   SECTION("classes without a target get gradients of zero") {
@@ -262,7 +261,8 @@ TEST_CASE("hierarchical_cross_entropy: words masked by -inf, large logits, and N
     Classes kept({100, 5});
     kept.words = classes.words.slice(0, 300);
     // The reference takes weights by number, so that there the masked words are merely in no class.
-    const auto want = run_reference(map(inputs, [](const at::Tensor& t) { return t.to(at::kDouble); }), kept, y, {});
+    const auto want =
+        run_reference(map(inputs, [](const at::Tensor& t) { return t.to(at::kDouble); }), kept, y, {});
     require_close(std::get<0>(run(inputs, classes, y, {})), std::get<0>(want).to(at::kFloat), 1e-6);
   }
   SECTION("large logits") {
@@ -282,9 +282,11 @@ TEST_CASE("hierarchical_cross_entropy: words masked by -inf, large logits, and N
 
 TEST_CASE("hierarchical_cross_entropy refuses wrong arguments in words", "[hierarchical]") {
   const Classes right({2, 4});
-  const Tensors t = map(layers({3}, right, 4, true, at::kFloat), [](const at::Tensor& x) { return x.detach(); });
+  const Tensors t =
+      map(layers({3}, right, 4, true, at::kFloat), [](const at::Tensor& x) { return x.detach(); });
   const at::Tensor y = at::tensor(std::vector<int64_t>{0, 5, 2});
-  const auto fails = [&](const std::string& words, const std::function<void(Tensors&, Classes&, at::Tensor&, Options&)>& change) {
+  const auto fails = [&](const std::string& words,
+                         const std::function<void(Tensors&, Classes&, at::Tensor&, Options&)>& change) {
     Tensors inputs = t;
     Classes classes = right;
     at::Tensor target = y;
@@ -292,7 +294,8 @@ TEST_CASE("hierarchical_cross_entropy refuses wrong arguments in words", "[hiera
     change(inputs, classes, target, options);
     require_error([&] { run(inputs, classes, target, options); }, "hierarchical_cross_entropy: " + words);
   };
-#define CHANGE(...) [](auto& in, auto& c, auto& target, auto& o) { (void)in, (void)c, (void)target, (void)o, __VA_ARGS__; }
+#define CHANGE(...) \
+  [](auto& in, auto& c, auto& target, auto& o) { (void)in, (void)c, (void)target, (void)o, __VA_ARGS__; }
   fails("h must be float32, bfloat16 or float64, got Int", CHANGE(in[0] = in[0].to(at::kInt)));
   fails("class_weight must have h's dtype Float, got Double", CHANGE(in[1] = in[1].to(at::kDouble)));
   fails("class_weight's last dimension must be 4, got 5", CHANGE(in[1] = randn({2, 5})));
@@ -304,12 +307,14 @@ TEST_CASE("hierarchical_cross_entropy refuses wrong arguments in words", "[hiera
   fails("class_offsets' size, C + 1, must be 3, got 2", CHANGE(c.offsets = c.offsets.slice(0, 1)));
   fails("class_offsets must go from 0 to V = 6, got 1 to 7", CHANGE(c.offsets = c.offsets + 1));
   fails("class_offsets must rise, got 6 after 6 at 2", CHANGE(c.offsets = at::tensor(Sizes{0, 6, 6})));
-  fails("class_words must be in [0, V) = [0, 6), got 6 at 1", CHANGE(c.words = at::tensor(Sizes{0, 6, 2, 3, 4, 5})));
+  fails("class_words must be in [0, V) = [0, 6), got 6 at 1",
+        CHANGE(c.words = at::tensor(Sizes{0, 6, 2, 3, 4, 5})));
   fails("class_words must name each word once, got word 2 at 1 and at 4",
         CHANGE(c.words = at::tensor(Sizes{0, 2, 1, 3, 2, 5})));
   fails("target must be int64, got Int", CHANGE(target = target.to(at::kInt)));
   fails("target's shape must be h's leading dimensions [3], got [2]", CHANGE(target = target.slice(0, 1)));
-  fails("target must be in [0, V) = [0, 6) or ignore_index -100, got 6 at position 1", CHANGE(target = target + 1));
+  fails("target must be in [0, V) = [0, 6) or ignore_index -100, got 6 at position 1",
+        CHANGE(target = target + 1));
   fails("label_smoothing must be in [0, 1), got 1", CHANGE(o.label_smoothing = 1));
   fails("z_loss must be >= 0, got -1", CHANGE(o.z_loss = -1));
   fails("reduction must be mean, sum or none, got 'avg'", CHANGE(o.reduction = "avg"));
@@ -321,7 +326,8 @@ TEST_CASE("hierarchical_cross_entropy refuses wrong arguments in words", "[hiera
 namespace {
 
 at::Tensor log_prob(const Tensors& t, const Classes& classes) {
-  return hierarchical_log_prob(t[0], t[1], optional(t[2]), t[3], optional(t[4]), classes.words, classes.offsets);
+  return hierarchical_log_prob(t[0], t[1], optional(t[2]), t[3], optional(t[4]), classes.words,
+                               classes.offsets);
 }
 
 at::Tensor sample(const Tensors& t, const Classes& classes, const at::Tensor& h, double temperature,
@@ -365,11 +371,12 @@ TEST_CASE("hierarchical_top_k is the top of log_prob", "[hierarchical]") {
   const double spread = GENERATE(0.1, 1.0, 10.0);
   const Classes classes({1, 60, 7, 40, 1, 1, 25});
   const bool bias = GENERATE(true, false);
-  const Tensors t = map(layers({3, 4}, classes, 16, bias, at::kDouble, spread), [](const at::Tensor& x) { return x.detach(); });
+  const Tensors t = map(layers({3, 4}, classes, 16, bias, at::kDouble, spread),
+                        [](const at::Tensor& x) { return x.detach(); });
   for (const int64_t k : {1, 2, 17, 135}) {
     const auto [want_log_p, want_word] = log_prob(t, classes).topk(k);
-    const auto [log_p, word] = hierarchical_top_k(t[0], t[1], optional(t[2]), t[3], optional(t[4]), classes.words,
-                                                  classes.offsets, k);
+    const auto [log_p, word] = hierarchical_top_k(t[0], t[1], optional(t[2]), t[3], optional(t[4]),
+                                                  classes.words, classes.offsets, k);
     require_close(log_p, want_log_p, 1e-13);
     REQUIRE(at::equal(word, want_word));
   }
@@ -377,8 +384,9 @@ TEST_CASE("hierarchical_top_k is the top of log_prob", "[hierarchical]") {
 
 TEST_CASE("hierarchical_top_k of equals: the words with the smaller numbers", "[hierarchical]") {
   const Classes classes({3, 3});
-  const auto [log_p, word] = hierarchical_top_k(at::zeros({2}), at::zeros({2, 2}), std::nullopt, at::zeros({6, 2}),
-                                                std::nullopt, at::arange(6), classes.offsets, 4);
+  const auto [log_p, word] =
+      hierarchical_top_k(at::zeros({2}), at::zeros({2, 2}), std::nullopt, at::zeros({6, 2}), std::nullopt,
+                         at::arange(6), classes.offsets, 4);
   require_close(log_p, at::full({4}, -std::log(6.0), at::kFloat), 1e-6);
   REQUIRE(at::equal(word, at::arange(4)));
 }
@@ -386,10 +394,11 @@ TEST_CASE("hierarchical_top_k of equals: the words with the smaller numbers", "[
 TEST_CASE("hierarchical_sample draws from the distribution that it promises", "[hierarchical]") {
   const Classes classes({1, 6, 2, 4, 1, 5});
   const double temperature = GENERATE(0.2, 0.5, 1.0, 2.0);
-  const auto [top_k, top_p] = GENERATE(std::pair<int64_t, double>{0, 1}, std::pair<int64_t, double>{5, 1},
-                                       std::pair<int64_t, double>{0, 0.8}, std::pair<int64_t, double>{0, 0.35},
-                                       std::pair<int64_t, double>{6, 0.7}, std::pair<int64_t, double>{100, 1});
-  const char* more = std::getenv("FLASHLM_DRAWS");
+  const auto [top_k, top_p] =
+      GENERATE(std::pair<int64_t, double>{0, 1}, std::pair<int64_t, double>{5, 1},
+               std::pair<int64_t, double>{0, 0.8}, std::pair<int64_t, double>{0, 0.35},
+               std::pair<int64_t, double>{6, 0.7}, std::pair<int64_t, double>{100, 1});
+  const char* more = std::getenv("FLASHLM_DRAWS");  // for a sharper look
   const int64_t draws = more ? std::atoll(more) : 10000;
   const Tensors t =
       map(layers({}, classes, 4, true, at::kDouble), [](const at::Tensor& x) { return x.detach(); });
@@ -409,7 +418,8 @@ TEST_CASE("hierarchical_sample draws from the distribution that it promises", "[
 
 TEST_CASE("hierarchical_sample is settled by its generator", "[hierarchical]") {
   const Classes classes({10, 60, 7});
-  const Tensors t = map(layers({50}, classes, 8, false, at::kFloat), [](const at::Tensor& x) { return x.detach(); });
+  const Tensors t =
+      map(layers({50}, classes, 8, false, at::kFloat), [](const at::Tensor& x) { return x.detach(); });
   const auto draw = [&](uint64_t seed, double top_p) {
     return sample(t, classes, t[0], 1.3, 0, top_p, at::make_generator<at::CPUGeneratorImpl>(seed));
   };
@@ -426,7 +436,8 @@ TEST_CASE("hierarchical_sample is settled by its generator", "[hierarchical]") {
 
 TEST_CASE("hierarchical_sample when cold takes the likeliest word", "[hierarchical]") {
   const Classes classes({10, 60, 7});
-  const Tensors t = map(layers({20}, classes, 8, true, at::kFloat), [](const at::Tensor& x) { return x.detach(); });
+  const Tensors t =
+      map(layers({20}, classes, 8, true, at::kFloat), [](const at::Tensor& x) { return x.detach(); });
   const auto generator = at::make_generator<at::CPUGeneratorImpl>(1);
   const at::Tensor likeliest = log_prob(t, classes).argmax(-1);
   for (const double temperature : {0.0, 1e-300, 1e-5}) {
@@ -438,12 +449,15 @@ TEST_CASE("hierarchical_sample when cold takes the likeliest word", "[hierarchic
 
 TEST_CASE("hierarchical_sample and top_k name what is not finite", "[hierarchical]") {
   const Classes classes({2, 3});
-  const Tensors t = map(layers({2}, classes, 4, false, at::kFloat), [](const at::Tensor& x) { return x.detach(); });
+  const Tensors t =
+      map(layers({2}, classes, 4, false, at::kFloat), [](const at::Tensor& x) { return x.detach(); });
   t[0][1][0] = NAN;
   const std::string words = "logits must be finite, got a log-sum-exp over the classes of nan at position 1";
   require_error([&] { sample(t, classes, t[0], 1, 0, 1, at::make_generator<at::CPUGeneratorImpl>(1)); },
                 "hierarchical_sample: " + words);
   require_error(
-      [&] { hierarchical_top_k(t[0], t[1], std::nullopt, t[3], std::nullopt, classes.words, classes.offsets, 1); },
+      [&] {
+        hierarchical_top_k(t[0], t[1], std::nullopt, t[3], std::nullopt, classes.words, classes.offsets, 1);
+      },
       "hierarchical_top_k: " + words);
 }
