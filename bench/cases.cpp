@@ -3,6 +3,7 @@
 
 #include <ATen/core/dispatch/Dispatcher.h>
 
+#include <algorithm>
 #include <optional>
 #include <sstream>
 #include <string_view>
@@ -353,6 +354,110 @@ Case linear_cross_entropy_case(int64_t positions, int64_t width, int64_t vocabul
           by(positions, width, vocabulary), make};
 }
 
+/// Classes as they come from binning words by frequency: of about equal sums of 1 / (rank + 3), at most
+/// `largest` words each.
+struct Classes {
+  Classes(int64_t vocabulary, int64_t count, int64_t largest) : words(at::arange(vocabulary)) {
+    const at::Tensor p = 1 / (at::arange(vocabulary, at::kDouble) + 3);
+    frequency = p / p.sum();
+    const at::Tensor mass = frequency.cumsum(0);
+    std::vector<int64_t> ends = {0};
+    while (ends.back() < vocabulary) {
+      const auto bound = static_cast<double>(ends.size()) / static_cast<double>(count);
+      const int64_t next = (mass < bound).sum().item<int64_t>();
+      ends.push_back(std::clamp(next, ends.back() + 1, std::min(vocabulary, ends.back() + largest)));
+    }
+    offsets = at::tensor(ends);
+  }
+  at::Tensor words, offsets, frequency;
+};
+
+/// Two softmaxes as one would write them: the words of each class that is met, by torch.
+at::Tensor eager_hierarchical(const Tensors& t, const Classes& classes, const at::Tensor& target) {
+  const at::Tensor of_class = at::bucketize(target, classes.offsets, /*out_int32=*/false, /*right=*/true) - 1;
+  at::Tensor loss = at::cross_entropy_loss(at::linear(t[0], t[1]), of_class, {}, at::Reduction::Sum);
+  const int64_t* offsets = classes.offsets.const_data_ptr<int64_t>();
+  for (int64_t c = 0; c < t[1].size(0); ++c) {
+    const at::Tensor met = (of_class == c).nonzero().squeeze(1);
+    if (met.numel() == 0) continue;
+    const at::Tensor weight = t[2].slice(0, offsets[c], offsets[c + 1]);
+    loss = loss + at::cross_entropy_loss(at::linear(t[0].index_select(0, met), weight),
+                                         target.index_select(0, met) - offsets[c], {}, at::Reduction::Sum);
+  }
+  return loss / target.numel();
+}
+
+Case hierarchical_cross_entropy_case(int64_t positions, int64_t width, int64_t vocabulary) {
+  const auto make = [=] {
+    const Classes classes(vocabulary, 224, 2000);
+    const at::Tensor target = classes.frequency.multinomial(positions, /*replacement=*/true);
+    const int64_t count = classes.offsets.numel() - 1;
+    // Three products of each position by the classes and by the words of its target's class.
+    const at::Tensor sizes = classes.offsets.diff();
+    const at::Tensor of_class = at::bucketize(target, classes.offsets, false, true) - 1;
+    const double rows =
+        sizes.index_select(0, of_class).sum().item<double>() + static_cast<double>(positions * count);
+    Contest contest = products(3 * rows * static_cast<double>(width), Pass::kForwardBackward, "float32");
+    add_expressions(
+        contest,
+        {at::randn({positions, width}), at::randn({count, width}) * 0.02,
+         at::randn({vocabulary, width}) * 0.02},
+        [=](const Tensors& t) {
+          return std::get<0>(hierarchical_cross_entropy(t[0], t[1], std::nullopt, t[2], std::nullopt,
+                                                        classes.words, classes.offsets, target));
+        },
+        [=](const Tensors& t) { return eager_hierarchical(t, classes, target); });
+    return contest;
+  };
+  return {std::string("hierarchical_cross_entropy, ") + pass_name(Pass::kForwardBackward),
+          by(positions, width, vocabulary), make};
+}
+
+Case adaptive_cross_entropy_case(int64_t positions, int64_t width, const std::vector<int64_t>& cutoffs,
+                                 int64_t vocabulary) {
+  const auto make = [=] {
+    const at::Tensor target = Classes(vocabulary, 1, vocabulary).frequency.multinomial(positions, true);
+    const auto tails = static_cast<int64_t>(cutoffs.size());
+    Tensors inputs = {at::randn({positions, width}), at::randn({cutoffs[0] + tails, width}) * 0.02};
+    double macs = static_cast<double>(positions * inputs[1].numel());
+    for (int64_t i = 0, narrow = width / 4; i < tails; ++i, narrow /= 4) {
+      const int64_t end = i + 1 < tails ? cutoffs[i + 1] : vocabulary;
+      inputs.push_back(at::randn({narrow, width}) * 0.06);
+      inputs.push_back(at::randn({end - cutoffs[i], narrow}) * 0.1);
+      const double inside = target.ge(cutoffs[i]).logical_and(target.lt(end)).sum().item<double>();
+      macs += inside * static_cast<double>(inputs[2 * i + 2].numel() + inputs[2 * i + 3].numel());
+    }
+    Contest contest = products(3 * macs, Pass::kForwardBackward, "float32");
+    const auto ours = [=](const Tensors& t) {
+      Tensors projections, weights;
+      for (int64_t i = 0; i < tails; ++i) {
+        projections.push_back(t[2 * i + 2]);
+        weights.push_back(t[2 * i + 3]);
+      }
+      return std::get<0>(adaptive_cross_entropy(t[0], t[1], std::nullopt, projections, weights, target));
+    };
+    // The arithmetic of torch.nn.AdaptiveLogSoftmaxWithLoss, whose module holds parameters of its own.
+    const auto torchs = [=](const Tensors& t) {
+      at::Tensor in_head = target.clone(), loss = at::zeros({}, t[0].options());
+      for (int64_t i = 0; i < tails; ++i) {
+        const int64_t end = i + 1 < tails ? cutoffs[i + 1] : vocabulary;
+        const at::Tensor inside = target.ge(cutoffs[i]).logical_and(target.lt(end));
+        in_head.masked_fill_(inside, cutoffs[0] + i);
+        const at::Tensor met = inside.nonzero().squeeze(1);
+        const at::Tensor z = at::linear(at::linear(t[0].index_select(0, met), t[2 * i + 2]), t[2 * i + 3]);
+        loss = loss +
+               at::cross_entropy_loss(z, target.index_select(0, met) - cutoffs[i], {}, at::Reduction::Sum);
+      }
+      loss = loss + at::cross_entropy_loss(at::linear(t[0], t[1]), in_head, {}, at::Reduction::Sum);
+      return loss / target.numel();
+    };
+    add_expressions(contest, inputs, ours, torchs);
+    return contest;
+  };
+  return {std::string("adaptive_cross_entropy, ") + pass_name(Pass::kForwardBackward),
+          by(positions, width, vocabulary), make};
+}
+
 // ---- optimizers ----
 
 constexpr int64_t kNewtonSchulzSteps = 5;
@@ -454,6 +559,8 @@ std::vector<Case> cases(const Ggml* ggml, int threads) {
       all.push_back(linear_cross_entropy_case(positions, 256, vocabulary, precision));
     }
   }
+  all.push_back(hierarchical_cross_entropy_case(8192, 256, 50257));
+  all.push_back(adaptive_cross_entropy_case(8192, 256, {2000, 10000}, 50257));
   all.push_back(newton_schulz_case(683, 256));
   all.push_back(adamw_case(50257, 256));
   return all;

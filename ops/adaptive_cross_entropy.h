@@ -23,8 +23,9 @@ namespace flashlm {
 ///   target   (...)  int64 in [0, V), h's leading dimensions; ignore_index leaves a position out
 ///   returns  loss and nll as linear_cross_entropy does
 ///
-/// A composite of linear_cross_entropy and linear. Errors: as linear_cross_entropy's; no tail, or not as many
-/// projections as weights.
+/// A composite of linear_cross_entropy and linear: every tail's projection is made of all N positions, the
+/// rest of its work only of those whose targets it has. Errors: as linear_cross_entropy's; no tail, or not as
+/// many projections as weights.
 /// Schema: flashlm::adaptive_cross_entropy(Tensor h, Tensor head_weight, Tensor? head_bias,
 ///   Tensor[] tail_projections, Tensor[] tail_weights, Tensor target, *, float label_smoothing=0.,
 ///   float z_loss=0., int ignore_index=-100, str reduction="mean", str precision="float32")
@@ -35,7 +36,7 @@ std::tuple<at::Tensor, at::Tensor> adaptive_cross_entropy(
     double label_smoothing = 0, double z_loss = 0, int64_t ignore_index = -100,
     c10::string_view reduction = "mean", c10::string_view precision = "float32");
 
-/// log p(w | h) of all words: (..., V), differentiable.
+/// log p(w | h) of all words: (..., V), differentiable; float32 for bfloat16.
 /// Schema: flashlm::adaptive_log_prob(Tensor h, Tensor head_weight, Tensor? head_bias,
 ///   Tensor[] tail_projections, Tensor[] tail_weights) -> Tensor
 at::Tensor adaptive_log_prob(const at::Tensor& h, const at::Tensor& head_weight,

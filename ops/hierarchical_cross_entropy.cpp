@@ -393,9 +393,17 @@ void on_all_threads(const Body& body) {
   at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) { body(); });
 }
 
+/// Rows here and there in memory: no processor guesses the next one, so it is asked for ahead.
 template <class T>
 void gather_rows(const T* from, int64_t rows, int64_t width, const int64_t* index, T* to) {
-  for (int64_t r = 0; r < rows; ++r) std::copy_n(from + index[r] * width, width, to + r * width);
+  constexpr int64_t kAhead = 4, kLine = 64 / sizeof(T);
+  for (int64_t r = 0; r < rows; ++r) {
+    if (r + kAhead < rows) {
+      const T* next = from + index[r + kAhead] * width;
+      for (int64_t i = 0; i < width; i += kLine) __builtin_prefetch(next + i);
+    }
+    std::copy_n(from + index[r] * width, width, to + r * width);
+  }
 }
 
 template <class T>
@@ -621,7 +629,7 @@ ThreeTensors backward_as(const Problem& p, const RowGradients<T>& g, std::array<
           }
           if (to_bias) add_column_sums(rows, words, b.z.data, block_grad_bias.data);
         });
-        if (to_weight) scatter_rows(block_grad_weight.data, words, width, b.numbers(word), to_weight);
+        if (to_weight) table.stream_rows(words, width, block_grad_weight.data, b.numbers(word), to_weight);
         if (to_bias) scatter_rows(block_grad_bias.data, words, 1, b.numbers(word), to_bias);
       });
       if (to_h) scatter_rows(class_grad_h.data, b.rows, width, p.positions.data() + b.first_row, to_h);

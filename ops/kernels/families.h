@@ -29,6 +29,8 @@ void add_relu2_glu(Table<T>& table);
 template <class T>
 void add_rms_norm(Table<T>& table);
 template <class T>
+void add_rows(Table<T>& table);
+template <class T>
 void add_sum_table(Table<T>& table);
 
 }  // namespace flashlm::kernels::FLASHLM_ISA

@@ -2,6 +2,8 @@
 // Dense matrix product on packed B, the work-horse of the backward passes and of the output layer. A tile of
 // kRows x kCols results stays in registers while a sliver of A (packed on the stack) and a panel of B run
 // past it.
+#include <utility>
+
 #include "ops/kernels/families.h"
 #include "ops/kernels/vec.h"
 
@@ -15,14 +17,59 @@ constexpr int64_t kCols = 2 * kLanes<T>;
 // Depth of a block: a panel of B, kDepth * kCols, stays in a 32 KiB L1 beside the sliver of A.
 constexpr int64_t kDepth = 256;
 
+/// One step of a transposition: of two rows whose numbers differ by kStep, the lanes that are to be together.
+template <class T, int kStep, int... kLane>
+inline void exchange(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, kLane...>) {
+  constexpr int lanes = kLanes<T>;
+  const Vec<T> low = __builtin_shufflevector(a, b, (kLane & kStep ? lanes + kLane - kStep : kLane)...);
+  b = __builtin_shufflevector(a, b, (kLane & kStep ? lanes + kLane : kLane + kStep)...);
+  a = low;
+}
+
+/// kLanes rows of kLanes values, in registers.
+template <class T, int kStep = kLanes<T> / 2>
+inline void transpose(Vec<T>* v) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes<T>; ++i) {
+    if (i & kStep) continue;
+    exchange<T, kStep>(v[i], v[i + kStep], std::make_integer_sequence<int, kLanes<T>>());
+  }
+  if constexpr (kStep > 1) transpose<T, kStep / 2>(v);
+}
+
+/// The first columns of a panel from b(p, c) = b[p + c * col_stride], as many as make whole vectors. Returns
+/// their number.
+template <class T>
+int64_t pack_columns(int64_t k, int64_t width, const T* b, int64_t col_stride, T* packed) {
+  constexpr int64_t lanes = kLanes<T>;
+  const int64_t columns = width / lanes * lanes;
+  for (int64_t c = 0; c < columns; c += lanes) {
+    int64_t p = 0;
+    for (; p + lanes <= k; p += lanes) {
+      Vec<T> v[lanes];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < lanes; ++i) v[i] = load(b + p + (c + i) * col_stride);
+      transpose<T>(v);
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < lanes; ++i) store(packed + (p + i) * kCols<T> + c, v[i]);
+    }
+    for (; p < k; ++p) {
+      for (int64_t i = 0; i < lanes; ++i) packed[p * kCols<T> + c + i] = b[p + (c + i) * col_stride];
+    }
+  }
+  return columns;
+}
+
 template <class T>
 void pack(int64_t k, int64_t n, const T* b, int64_t row_stride, int64_t col_stride, T* packed) {
   constexpr int64_t cols = kCols<T>;
   for (int64_t j = 0; j < n; j += cols) {
     const int64_t width = min_of(cols, n - j);
+    const int64_t first =
+        row_stride == 1 ? pack_columns(k, width, b + j * col_stride, col_stride, packed) : 0;
     for (int64_t p = 0; p < k; ++p, packed += cols) {
       const T* from = b + p * row_stride + j * col_stride;
-      for (int64_t c = 0; c < width; ++c) packed[c] = from[c * col_stride];
+      for (int64_t c = first; c < width; ++c) packed[c] = from[c * col_stride];
       for (int64_t c = width; c < cols; ++c) packed[c] = 0;
     }
   }

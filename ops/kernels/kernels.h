@@ -192,6 +192,12 @@ struct Table {
   void (*scale_rows)(int64_t rows, int64_t width, const T* x, int64_t x_row, const T* rstd, const T* scale,
                      T* y);
 
+  // ---- rows ----
+
+  /// Row index[r] of `to` = row r of from (rows, width), past the caches where the CPU has such stores: for
+  /// what is too large to be found there again.
+  void (*stream_rows)(int64_t rows, int64_t width, const T* from, const int64_t* index, T* to);
+
   // ---- packed_linear: ternary weights in 2 bits; layout in docs/formats.md ----
 
   /// Packs codes (n, k). `packed` holds ceil(n / kPackedOutputs) panels of ceil(k / 4) * kPackedOutputs

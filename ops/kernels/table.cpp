@@ -18,6 +18,7 @@ static Table<T> make_table() {
   add_packed_linear(table);
   add_relu2_glu(table);
   add_rms_norm(table);
+  add_rows(table);
   add_sum_table(table);
   return table;
 }

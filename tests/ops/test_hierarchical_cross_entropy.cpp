@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <cstdlib>
 #include <numeric>
 
 #include "ops/hierarchical_cross_entropy.h"
@@ -398,7 +399,7 @@ TEST_CASE("hierarchical_sample draws from the distribution that it promises", "[
       GENERATE(std::pair<int64_t, double>{0, 1}, std::pair<int64_t, double>{5, 1},
                std::pair<int64_t, double>{0, 0.8}, std::pair<int64_t, double>{0, 0.35},
                std::pair<int64_t, double>{6, 0.7}, std::pair<int64_t, double>{100, 1});
-  const char* more = std::getenv("FLASHLM_DRAWS");
+  const char* more = std::getenv("FLASHLM_DRAWS");  // for a sharper look
   const int64_t draws = more ? std::atoll(more) : 10000;
   const Tensors t =
       map(layers({}, classes, 4, true, at::kDouble), [](const at::Tensor& x) { return x.detach(); });

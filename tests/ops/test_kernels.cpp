@@ -67,6 +67,28 @@ TEST_CASE("gemm equals the triple loop at every size around its tile", "[gemm]")
   }
 }
 
+TEST_CASE("stream_rows puts every row in its place and touches no other", "[rows]") {
+  constexpr int64_t kRows = 5, kAll = 8, kIndex[kRows] = {6, 0, 7, 2, 3};
+  for (const Level* level : runnable_levels()) {
+    INFO(level->name);
+    for (int64_t width : {0, 1, 3, 15, 16, 17, 32, 64, 67}) {
+      for (int64_t shift : {0, 1}) {  // from a cache line's boundary
+        INFO("width " << width << " shift " << shift);
+        const auto from = dyadic<float>(kRows * width, 1);
+        std::vector<float> memory(kAll * width + 32, 9);
+        const auto address = reinterpret_cast<uintptr_t>(memory.data());
+        const auto first = static_cast<int64_t>((64 - address % 64) % 64 / sizeof(float)) + shift;
+        std::vector<float> want = memory;
+        for (int64_t r = 0; r < kRows; ++r) {
+          for (int64_t i = 0; i < width; ++i) want[first + kIndex[r] * width + i] = from[r * width + i];
+        }
+        level->float_table().stream_rows(kRows, width, from.data(), kIndex, memory.data() + first);
+        REQUIRE(memory == want);
+      }
+    }
+  }
+}
+
 TEST_CASE("relu2_glu and rms_norm agree between levels at every length", "[relu2_glu][rms_norm]") {
   const Table<float>& baseline = levels().first[0].float_table();
   for (const Level* level : runnable_levels()) {
