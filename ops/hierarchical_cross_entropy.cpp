@@ -832,8 +832,10 @@ class Ranking {
     const int64_t c = order_[read_++];
     const std::vector<double>& log_p = d_.words(c);
     const int64_t* numbers = d_.classes.words + d_.classes.offsets[c];
-    for (size_t i = 0; i < log_p.size(); ++i) waiting_.push_back({log_p[i], numbers[i]});
-    std::make_heap(waiting_.begin(), waiting_.end());
+    for (size_t i = 0; i < log_p.size(); ++i) {
+      waiting_.push_back({log_p[i], numbers[i]});
+      std::push_heap(waiting_.begin(), waiting_.end());
+    }
     while (!waiting_.empty() && waiting_.front().log_p >= log_bound()) {
       std::pop_heap(waiting_.begin(), waiting_.end());
       ranked.push_back(waiting_.back());
