@@ -25,7 +25,13 @@ class Declare {
 
   template <class Field>
   void operator()(const std::string& name, Field& field, const std::string& help) {
-    app_.add_option("--" + name, field, help)->capture_default_str()->group(group_);
+    CLI::Option* option = app_.add_option("--" + name, field, help)->capture_default_str()->group(group_);
+    if constexpr (std::is_same_v<Field, std::vector<int64_t>>) {
+      // CLI11 captures a list without the brackets by which it knows one when it reads its own file again.
+      std::ostringstream list;
+      for (const auto& value : field) list << (list.view().empty() ? "[" : ",") << value;
+      option->default_str(list.str() + "]");
+    }
   }
 
  private:
