@@ -68,7 +68,7 @@ struct ExchangeOptions {
   int sweeps = 10;
   /// Nats per token that one row of weights less for each position is worth. At 0, frequent words end up in
   /// large classes, whose products cost the more the more frequent they are.
-  double row_price = 3e-4;
+  double row_price = 1e-3;
   /// Called several times in each pass (0 is the first) with how much of it is done; after it with 1 and
   /// with what is maximised: class_information - row_price · rows_per_position. An exception ends the work.
   std::function<void(int sweep, double fraction, double objective)> progress;

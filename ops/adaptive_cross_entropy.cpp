@@ -150,7 +150,7 @@ TwoTensors loss_composite(const Tensor& h, const Tensor& head_weight, const Opti
   const Tensor levels = targets(target, first, ignore_index);
   const auto level = [&](const Tensor& x, const Tensor& weight, const OptionalTensor& bias, int64_t index) {
     return linear_cross_entropy(x, weight, bias, levels.select(0, index), label_smoothing, z_loss,
-                                /*ignore_index=*/-1, "none", precision);
+                                /*ignore_index=*/-1, reduction == "none" ? "none" : "sum", precision);
   };
   auto [loss, nll] = level(h, head_weight, head_bias, 0);
   const auto dtype = compute_dtype(h);
@@ -162,10 +162,9 @@ TwoTensors loss_composite(const Tensor& h, const Tensor& head_weight, const Opti
     loss = loss + tail_loss;
     nll = nll + tail_nll;
   }
-  if (reduction == "none") return {loss, nll};
-  if (reduction == "sum") return {loss.sum(), nll.sum()};
+  if (reduction != "mean") return {loss, nll};
   const Tensor count = target.ne(ignore_index).sum();
-  return {loss.sum() / count, nll.sum() / count};
+  return {loss / count, nll / count};
 }
 
 Tensor log_prob_composite(const Tensor& h_in, const Tensor& head_weight, const OptionalTensor& head_bias,

@@ -19,6 +19,7 @@
 
 #include "ops/common.h"
 #include "ops/linear_cross_entropy.h"
+#include "ops/scalar_loss.h"
 
 namespace flashlm {
 
@@ -50,6 +51,12 @@ TORCH_LIBRARY_FRAGMENT(flashlm, m) {
       "_hierarchical_words_forward(Tensor h, Tensor word_weight, Tensor? word_bias, Tensor class_words, "
       "Tensor class_offsets, Tensor place, float label_smoothing, float z_loss, str reduction) "
       "-> (Tensor loss, Tensor nll, Tensor lse)",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "_hierarchical_words_forward_backward(Tensor h, Tensor word_weight, Tensor? word_bias, "
+      "Tensor class_words, Tensor class_offsets, Tensor place, float label_smoothing, float z_loss, "
+      "str reduction, bool[3] output_mask) -> (Tensor loss, Tensor nll, Tensor lse, Tensor grad_h, "
+      "Tensor grad_weight, Tensor grad_bias)",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "_hierarchical_words_backward(Tensor grad_loss, Tensor h, Tensor word_weight, Tensor? word_bias, "
@@ -110,6 +117,7 @@ using Tensor = at::Tensor;
 using OptionalTensor = std::optional<at::Tensor>;
 using TwoTensors = std::tuple<Tensor, Tensor>;
 using ThreeTensors = std::tuple<Tensor, Tensor, Tensor>;
+using SixTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 constexpr const char* kLoss = "hierarchical_cross_entropy";
 
@@ -277,6 +285,17 @@ ThreeTensors words_backward(const Tensor& grad_loss, const Tensor& h, const Tens
                  label_smoothing, z_loss, reduction, output_mask);
 }
 
+SixTensors words_forward_backward(const Tensor& h, const Tensor& word_weight, const OptionalTensor& word_bias,
+                                  const Tensor& class_words, const Tensor& class_offsets, const Tensor& place,
+                                  double label_smoothing, double z_loss, c10::string_view reduction,
+                                  std::array<bool, 3> output_mask) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("flashlm::_hierarchical_words_forward_backward", "")
+                             .typed<decltype(words_forward_backward)>();
+  return op.call(h, word_weight, word_bias, class_words, class_offsets, place, label_smoothing, z_loss,
+                 reduction, output_mask);
+}
+
 ThreeTensors new_outputs(const Tensor& h, const Tensor& word_weight, const OptionalTensor& word_bias,
                          const Tensor& class_words, const Tensor& class_offsets, const Tensor& place,
                          double label_smoothing, double z_loss, c10::string_view reduction) {
@@ -312,12 +331,35 @@ ThreeTensors new_gradients(const Tensor& grad_loss, const Tensor& h, const Tenso
           output_mask[2] ? word_bias->new_empty_symint(word_bias->sym_sizes()) : no_grad()};
 }
 
-// ---- what both passes work on ----
+/// Gradients in the compute dtype, of a loss that is a scalar; empty where not wanted.
+SixTensors new_outputs_and_gradients(const Tensor& h, const Tensor& word_weight,
+                                     const OptionalTensor& word_bias, const Tensor& class_words,
+                                     const Tensor& class_offsets, const Tensor& place, double label_smoothing,
+                                     double z_loss, c10::string_view reduction,
+                                     std::array<bool, 3> output_mask) {
+  TORCH_CHECK(reduction != "none", kLoss, ": gradients of 'none' need those of its losses first");
+  TORCH_CHECK(word_bias || !output_mask[2], kLoss, ": no gradient of a bias that is not given");
+  auto [loss, nll, lse] = new_outputs(h, word_weight, word_bias, class_words, class_offsets, place,
+                                      label_smoothing, z_loss, reduction);
+  const auto like = [&](size_t i, const Tensor& t) {
+    return output_mask[i] ? at::empty_symint(t.sym_sizes(), loss.options()) : at::empty({0}, loss.options());
+  };
+  return {loss, nll, lse, like(0, h), like(1, word_weight), like(2, word_bias.value_or(h))};
+}
+
+// ---- what all passes work on ----
 
 constexpr int64_t kBlockRows = 256;
 constexpr int64_t kBlockWords = 256;
 // A row of a block in memory: 16 more, so that a column does not fall on a handful of the cache's sets.
 constexpr int64_t kBlockStride = kBlockWords + 16;
+// The most logits of a class that a thread keeps from its forward to its backward pass.
+constexpr int64_t kKeptLogits = 1 << 20;
+
+struct Options {
+  double label_smoothing, z_loss;
+  c10::string_view reduction;
+};
 
 /// The arguments as the kernels read them, and the positions grouped by class.
 struct Problem {
@@ -437,39 +479,62 @@ struct ClassBlocks {
     rows = p.rows(c);
     first_place = p.classes.offsets[c];
     words = p.classes.size(c);
+    kept = false;
+    loaded = -1;
     h.resize(rows * p.width);
     gather_rows(p.h.const_data_ptr<T>(), rows, p.width, p.positions.data() + first_row, h.data);
+  }
+
+  /// From now on the class's logits stay, each block in a place of its own, if that is not too much.
+  void keep() {
+    const int64_t all = (words + kBlockWords - 1) / kBlockWords * rows * kBlockStride;
+    kept = all <= kKeptLogits;
+    if (kept) z.resize(all);
+  }
+
+  T* block(int64_t row, int64_t word) const {
+    return z.data + (kept ? (word / kBlockWords * rows + row) * kBlockStride : 0);
   }
 
   /// The numbers of the class's words from its word-th on.
   const int64_t* numbers(int64_t word) const { return p.classes.words + first_place + word; }
 
   void load_words(int64_t word, int64_t count) {
+    if (loaded == word) return;
+    loaded = word;
     gather_rows(p.weight.const_data_ptr<T>(), count, p.width, numbers(word), weight.data);
+  }
+
+  void pack_columns(int64_t word, int64_t count) {
     kernels::table<T>().gemm_pack(p.width, count, weight.data, 1, p.width, columns.data);
     if (p.bias.defined()) gather_rows(p.bias.const_data_ptr<T>(), count, 1, numbers(word), bias.data);
   }
 
-  /// z = the logits of a block of the class's rows by the `words` that are loaded.
-  void logits(int64_t row, int64_t row_count, int64_t count) {
+  /// The logits of a block of the class's rows by the words that are loaded and packed.
+  T* logits(int64_t row, int64_t row_count, int64_t word, int64_t count) {
+    T* const to = block(row, word);
     if (p.bias.defined()) {
-      for (int64_t r = 0; r < row_count; ++r) std::copy_n(bias.data, count, z.data + r * kBlockStride);
+      for (int64_t r = 0; r < row_count; ++r) std::copy_n(bias.data, count, to + r * kBlockStride);
     }
-    kernels::table<T>().gemm(row_count, count, p.width, h.data + row * p.width, p.width, 1, columns.data,
-                             z.data, kBlockStride, p.bias.defined());
+    kernels::table<T>().gemm(row_count, count, p.width, h.data + row * p.width, p.width, 1, columns.data, to,
+                             kBlockStride, p.bias.defined());
+    return to;
   }
 
-  /// body(r, z of its target) for each of the block's rows whose target is among the words that are loaded.
+  /// body(r, z of its target) for each of the block's rows whose target is among the block's words.
   template <class Body>
-  void for_each_target(int64_t row, int64_t row_count, int64_t word, int64_t count, const Body& body) {
+  void for_each_target(int64_t row, int64_t row_count, int64_t word, int64_t count, T* z_block,
+                       const Body& body) const {
     for (int64_t r = row; r < row + row_count; ++r) {
       const int64_t column = p.places[first_row + r] - first_place - word;
-      if (column >= 0 && column < count) body(r, z.data[(r - row) * kBlockStride + column]);
+      if (column >= 0 && column < count) body(r, z_block[(r - row) * kBlockStride + column]);
     }
   }
 
   const Problem& p;
   int64_t first_row, rows, first_place, words;
+  int64_t loaded = -1;  // the first of the words in `weight`
+  bool kept = false;
   Scratch<T> h;       // (rows, width)
   Scratch<T> weight;  // a block of words, (words, width)
   Scratch<T> columns, bias, z;
@@ -477,60 +542,87 @@ struct ClassBlocks {
 
 // ---- forward ----
 
+/// What each position comes to.
 template <class T>
-ThreeTensors forward_as(const Problem& p, at::IntArrayRef shape, double label_smoothing, double z_loss,
-                        c10::string_view reduction) {
-  const auto& table = kernels::table<T>();
-  const Tensor loss = at::zeros(shape, p.h.options()), nll = at::zeros_like(loss), lse = at::zeros_like(loss);
-  T* losses = loss.mutable_data_ptr<T>();
-  T* nlls = nll.mutable_data_ptr<T>();
-  T* lses = lse.mutable_data_ptr<T>();
+struct Losses {
+  Losses(const Problem& p, at::IntArrayRef shape)
+      : loss(at::zeros(shape, p.h.options())), nll(at::zeros_like(loss)), lse(at::zeros_like(loss)) {}
+
+  /// {loss, nll, lse} as the operator returns them.
+  ThreeTensors reduced(const Problem& p, const Options& o) const {
+    const T* lses = lse.const_data_ptr<T>();
+    for (int64_t i = 0; i < lse.numel(); ++i) {
+      TORCH_CHECK_VALUE(std::isfinite(lses[i]), kLoss,
+                        ": logits must be finite, got a log-sum-exp over a class's words of ", lses[i],
+                        " at position ", i);
+    }
+    if (o.reduction == "none") return {loss, nll, lse};
+    const auto scalar = [&](const Tensor& values) {
+      const T* v = values.const_data_ptr<T>();
+      const double sum = std::accumulate(v, v + values.numel(), 0.0);
+      const auto count = static_cast<double>(p.positions.size());
+      return at::full({}, o.reduction == "mean" ? sum / count : sum, lse.options());
+    };
+    return {scalar(loss), scalar(nll), lse};
+  }
+
+  Tensor loss, nll, lse;
+};
+
+/// A thread's scan of one class after the other.
+template <class T>
+struct Scan {
+  void operator()(ClassBlocks<T>& b, const Options& o, const Losses<T>& losses) {
+    const auto& table = kernels::table<T>();
+    for (Scratch<T>* s : {&max, &sum_exp, &sum_z, &z_target}) s->resize(b.rows);
+    std::fill_n(max.data, b.rows, std::numeric_limits<T>::lowest());
+    std::fill_n(sum_exp.data, b.rows, T(0));
+    std::fill_n(sum_z.data, b.rows, T(0));
+    for_each_block(b.words, kBlockWords, [&](int64_t word, int64_t words) {
+      b.load_words(word, words);
+      b.pack_columns(word, words);
+      for_each_block(b.rows, kBlockRows, [&](int64_t row, int64_t rows) {
+        T* const z = b.logits(row, rows, word, words);
+        table.cross_entropy(rows, words, z, kBlockStride, max.data + row, sum_exp.data + row,
+                            sum_z.data + row);
+        b.for_each_target(row, rows, word, words, z, [&](int64_t r, T z_r) { z_target.data[r] = z_r; });
+      });
+    });
+    T* const to_loss = losses.loss.template mutable_data_ptr<T>();
+    T* const to_nll = losses.nll.template mutable_data_ptr<T>();
+    T* const to_lse = losses.lse.template mutable_data_ptr<T>();
+    for (int64_t r = 0; r < b.rows; ++r) {
+      const double lse = max.data[r] + std::log(static_cast<double>(sum_exp.data[r]));
+      const double nll = lse - z_target.data[r];
+      double loss = nll + o.z_loss * lse * lse;
+      // Not 0 * infinity when words are masked by a bias of -inf.
+      if (o.label_smoothing > 0) {
+        loss += o.label_smoothing * (z_target.data[r] - sum_z.data[r] / static_cast<double>(b.words));
+      }
+      const int64_t position = b.p.positions[b.first_row + r];
+      to_lse[position] = static_cast<T>(lse);
+      to_nll[position] = static_cast<T>(nll);
+      to_loss[position] = static_cast<T>(loss);
+    }
+  }
+
+  Scratch<T> max, sum_exp, sum_z, z_target;
+};
+
+template <class T>
+ThreeTensors forward_as(const Problem& p, const Options& o, at::IntArrayRef shape) {
+  const Losses<T> losses(p, shape);
   Tasks tasks(p);
   on_all_threads([&] {
     ClassBlocks<T> b(p);
-    Scratch<T> max, sum_exp, sum_z, z_target;
+    Scan<T> scan;
     for (int64_t c; (c = tasks.next()) >= 0;) {
       if (p.rows(c) == 0) continue;
       b.start(c);
-      for (Scratch<T>* s : {&max, &sum_exp, &sum_z, &z_target}) s->resize(b.rows);
-      std::fill_n(max.data, b.rows, std::numeric_limits<T>::lowest());
-      std::fill_n(sum_exp.data, b.rows, T(0));
-      std::fill_n(sum_z.data, b.rows, T(0));
-      for_each_block(b.words, kBlockWords, [&](int64_t word, int64_t words) {
-        b.load_words(word, words);
-        for_each_block(b.rows, kBlockRows, [&](int64_t row, int64_t rows) {
-          b.logits(row, rows, words);
-          table.cross_entropy(rows, words, b.z.data, kBlockStride, max.data + row, sum_exp.data + row,
-                              sum_z.data + row);
-          b.for_each_target(row, rows, word, words, [&](int64_t r, T z) { z_target.data[r] = z; });
-        });
-      });
-      for (int64_t r = 0; r < b.rows; ++r) {
-        const double lse_r = max.data[r] + std::log(static_cast<double>(sum_exp.data[r]));
-        const double nll_r = lse_r - z_target.data[r];
-        double loss_r = nll_r + z_loss * lse_r * lse_r;
-        // Not 0 * infinity when words are masked by a bias of -inf.
-        if (label_smoothing > 0) {
-          loss_r += label_smoothing * (z_target.data[r] - sum_z.data[r] / static_cast<double>(b.words));
-        }
-        const int64_t position = p.positions[b.first_row + r];
-        lses[position] = static_cast<T>(lse_r);
-        nlls[position] = static_cast<T>(nll_r);
-        losses[position] = static_cast<T>(loss_r);
-      }
+      scan(b, o, losses);
     }
   });
-  double loss_sum = 0, nll_sum = 0;
-  for (int64_t i = 0; i < lse.numel(); ++i) {
-    TORCH_CHECK_VALUE(std::isfinite(lses[i]), kLoss,
-                      ": logits must be finite, got a log-sum-exp over a class's words of ", lses[i],
-                      " at position ", i);
-    loss_sum += losses[i];
-    nll_sum += nlls[i];
-  }
-  if (reduction == "none") return {loss, nll, lse};
-  const double count = reduction == "mean" ? static_cast<double>(p.positions.size()) : 1;
-  return {at::full({}, loss_sum / count, lse.options()), at::full({}, nll_sum / count, lse.options()), lse};
+  return losses.reduced(p, o);
 }
 
 ThreeTensors forward_cpu(const Tensor& h, const Tensor& word_weight, const OptionalTensor& word_bias,
@@ -541,33 +633,12 @@ ThreeTensors forward_cpu(const Tensor& h, const Tensor& word_weight, const Optio
   const Problem p(h, word_weight, word_bias, class_words, class_offsets, place);
   ThreeTensors out;
   dispatch(h, [&](auto t) {
-    out = forward_as<decltype(t)>(p, place.sizes(), label_smoothing, z_loss, reduction);
+    out = forward_as<decltype(t)>(p, {label_smoothing, z_loss, reduction}, place.sizes());
   });
   return out;
 }
 
 // ---- backward ----
-
-/// The gradient of row r's logits is factor p - shift - [at the target] hit.
-template <class T>
-struct RowGradients {
-  RowGradients(const Problem& p, const Tensor& grad_loss, const Tensor& lse_in, double label_smoothing,
-               double z_loss, c10::string_view reduction) {
-    const double scale = reduction == "mean" ? 1 / static_cast<double>(p.positions.size()) : 1;
-    const Tensor g = kernel_input(grad_loss, p.h), l = kernel_input(lse_in, p.h);
-    for (int64_t c = 0; c < p.classes.count; ++c) {
-      for (int64_t r = p.first[c]; r < p.first[c + 1]; ++r) {
-        const double lse_r = l.const_data_ptr<T>()[p.positions[r]];
-        const double grad = g.const_data_ptr<T>()[reduction == "none" ? p.positions[r] : 0] * scale;
-        lse.push_back(static_cast<T>(lse_r));
-        factor.push_back(static_cast<T>(grad * (1 + 2 * z_loss * lse_r)));
-        shift.push_back(static_cast<T>(grad * label_smoothing / static_cast<double>(p.classes.size(c))));
-        hit.push_back(static_cast<T>(grad * (1 - label_smoothing)));
-      }
-    }
-  }
-  std::vector<T> lse, factor, shift, hit;
-};
 
 template <class T>
 void add_column_sums(int64_t rows, int64_t words, const T* z, T* sum) {
@@ -576,66 +647,95 @@ void add_column_sums(int64_t rows, int64_t words, const T* z, T* sum) {
   }
 }
 
+/// The gradients of a pass, those not wanted undefined. All of them is written.
 template <class T>
-ThreeTensors backward_as(const Problem& p, const RowGradients<T>& g, std::array<bool, 3> output_mask) {
-  const auto& table = kernels::table<T>();
-  const Tensor grad_h = output_mask[0] ? at::empty_like(p.h) : no_grad();
-  const Tensor grad_weight = output_mask[1] ? at::empty_like(p.weight) : no_grad();
-  const Tensor grad_bias = output_mask[2] ? at::empty_like(p.bias) : no_grad();
-  const auto data = [](const Tensor& t) { return t.defined() ? t.mutable_data_ptr<T>() : nullptr; };
-  T* const to_h = data(grad_h);
-  T* const to_weight = data(grad_weight);
-  T* const to_bias = data(grad_bias);
-  const int64_t width = p.width, packed_row = packed_width<T>(width);
-  if (to_h) {
-    for (const int64_t i : p.ignored) std::fill_n(to_h + i * width, width, T(0));
+struct Gradients {
+  Gradients(const Problem& p, std::array<bool, 3> wanted) {
+    if (wanted[0]) h = at::empty_like(p.h);
+    if (wanted[1]) weight = at::empty_like(p.weight);
+    if (wanted[2]) bias = at::empty_like(p.bias);
+    const auto data = [](const Tensor& t) { return t.defined() ? t.mutable_data_ptr<T>() : nullptr; };
+    to_h = data(h);
+    to_weight = data(weight);
+    to_bias = data(bias);
+    if (!to_h) return;
+    for (const int64_t i : p.ignored) std::fill_n(to_h + i * p.width, p.width, T(0));
   }
-  Tasks tasks(p);
-  on_all_threads([&] {
-    ClassBlocks<T> b(p);
-    Scratch<T> packed_h, rows_of_weight(to_h ? kBlockWords * packed_row : 0), class_grad_h;
-    Scratch<T> block_grad_weight(to_weight ? kBlockWords * width : 0), block_grad_bias(kBlockWords);
-    for (int64_t c; (c = tasks.next()) >= 0;) {
-      b.start(c);
-      if (to_h) class_grad_h.resize(b.rows * width);
-      if (to_weight) {
-        packed_h.resize(b.rows * packed_row);
-        for_each_block(b.rows, kBlockRows, [&](int64_t row, int64_t rows) {
-          table.gemm_pack(rows, width, b.h.data + row * width, width, 1, packed_h.data + row * packed_row);
-        });
-      }
-      for_each_block(b.words, kBlockWords, [&](int64_t word, int64_t words) {
-        if (b.rows == 0) {
-          std::fill_n(block_grad_weight.data, to_weight ? words * width : 0, T(0));
-        } else {
-          b.load_words(word, words);
-          if (to_h) table.gemm_pack(words, width, b.weight.data, width, 1, rows_of_weight.data);
-        }
-        std::fill_n(block_grad_bias.data, words, T(0));
-        for_each_block(b.rows, kBlockRows, [&](int64_t row, int64_t rows) {
-          const int64_t first = b.first_row + row;
-          b.logits(row, rows, words);
-          table.cross_entropy_backward(rows, words, b.z.data, kBlockStride, g.lse.data() + first,
-                                       g.factor.data() + first, g.shift.data() + first);
-          b.for_each_target(row, rows, word, words,
-                            [&](int64_t r, T& grad) { grad -= g.hit[b.first_row + r]; });
-          if (to_h) {
-            table.gemm(rows, width, words, b.z.data, kBlockStride, 1, rows_of_weight.data,
-                       class_grad_h.data + row * width, width, word > 0);
-          }
-          if (to_weight) {
-            table.gemm(words, width, rows, b.z.data, 1, kBlockStride, packed_h.data + row * packed_row,
-                       block_grad_weight.data, width, row > 0);
-          }
-          if (to_bias) add_column_sums(rows, words, b.z.data, block_grad_bias.data);
-        });
-        if (to_weight) table.stream_rows(words, width, block_grad_weight.data, b.numbers(word), to_weight);
-        if (to_bias) scatter_rows(block_grad_bias.data, words, 1, b.numbers(word), to_bias);
-      });
-      if (to_h) scatter_rows(class_grad_h.data, b.rows, width, p.positions.data() + b.first_row, to_h);
+
+  Tensor h, weight, bias;
+  T *to_h, *to_weight, *to_bias;
+};
+
+/// A thread's backward pass over one class after the other. Logits that were kept become their gradients;
+/// others are computed again.
+template <class T>
+struct Backward {
+  /// grad_of(position): of its loss, after any mean.
+  template <class GradOf>
+  void operator()(ClassBlocks<T>& b, const Options& o, const T* lse_of, const GradOf& grad_of,
+                  const Gradients<T>& to) {
+    const auto& table = kernels::table<T>();
+    const int64_t width = b.p.width, packed_row = packed_width<T>(width);
+    // The gradient of row r's logits is factor p - shift - [at the target] hit.
+    for (Scratch<T>* s : {&lse, &factor, &shift, &hit}) s->resize(b.rows);
+    for (int64_t r = 0; r < b.rows; ++r) {
+      const int64_t position = b.p.positions[b.first_row + r];
+      const double lse_r = lse_of[position], grad = grad_of(position);
+      lse.data[r] = static_cast<T>(lse_r);
+      factor.data[r] = static_cast<T>(grad * (1 + 2 * o.z_loss * lse_r));
+      shift.data[r] = static_cast<T>(grad * o.label_smoothing / static_cast<double>(b.words));
+      hit.data[r] = static_cast<T>(grad * (1 - o.label_smoothing));
     }
-  });
-  return {grad_h, grad_weight, grad_bias};
+    if (to.to_h) {
+      rows_of_weight.resize(kBlockWords * packed_row);
+      grad_h.resize(b.rows * width);
+    }
+    if (to.to_weight) {
+      grad_weight.resize(kBlockWords * width);
+      packed_h.resize(b.rows * packed_row);
+      for_each_block(b.rows, kBlockRows, [&](int64_t row, int64_t rows) {
+        table.gemm_pack(rows, width, b.h.data + row * width, width, 1, packed_h.data + row * packed_row);
+      });
+    }
+    grad_bias.resize(kBlockWords);
+    for_each_block(b.words, kBlockWords, [&](int64_t word, int64_t words) {
+      if (b.rows == 0) {
+        std::fill_n(grad_weight.data, to.to_weight ? words * width : 0, T(0));
+      } else if (to.to_h || !b.kept) {
+        b.load_words(word, words);
+        if (!b.kept) b.pack_columns(word, words);
+        if (to.to_h) table.gemm_pack(words, width, b.weight.data, width, 1, rows_of_weight.data);
+      }
+      std::fill_n(grad_bias.data, words, T(0));
+      for_each_block(b.rows, kBlockRows, [&](int64_t row, int64_t rows) {
+        T* const z = b.kept ? b.block(row, word) : b.logits(row, rows, word, words);
+        table.cross_entropy_backward(rows, words, z, kBlockStride, lse.data + row, factor.data + row,
+                                     shift.data + row);
+        b.for_each_target(row, rows, word, words, z, [&](int64_t r, T& grad) { grad -= hit.data[r]; });
+        if (to.to_h) {
+          table.gemm(rows, width, words, z, kBlockStride, 1, rows_of_weight.data, grad_h.data + row * width,
+                     width, word > 0);
+        }
+        if (to.to_weight) {
+          table.gemm(words, width, rows, z, 1, kBlockStride, packed_h.data + row * packed_row,
+                     grad_weight.data, width, row > 0);
+        }
+        if (to.to_bias) add_column_sums(rows, words, z, grad_bias.data);
+      });
+      if (to.to_weight) table.stream_rows(words, width, grad_weight.data, b.numbers(word), to.to_weight);
+      if (to.to_bias) scatter_rows(grad_bias.data, words, 1, b.numbers(word), to.to_bias);
+    });
+    if (to.to_h) scatter_rows(grad_h.data, b.rows, width, b.p.positions.data() + b.first_row, to.to_h);
+  }
+
+  Scratch<T> lse, factor, shift, hit;
+  Scratch<T> packed_h, rows_of_weight, grad_h;
+  Scratch<T> grad_weight, grad_bias;  // of a block of words
+};
+
+/// What a position's gradient is divided by.
+double divisor(const Problem& p, const Options& o) {
+  return o.reduction == "mean" ? static_cast<double>(p.positions.size()) : 1;
 }
 
 ThreeTensors backward_cpu(const Tensor& grad_loss, const Tensor& h, const Tensor& word_weight,
@@ -646,14 +746,65 @@ ThreeTensors backward_cpu(const Tensor& grad_loss, const Tensor& h, const Tensor
   new_gradients(grad_loss, h, word_weight, word_bias, class_words, class_offsets, place, lse, label_smoothing,
                 z_loss, reduction, output_mask);
   const Problem p(h, word_weight, word_bias, class_words, class_offsets, place);
+  const Options o = {label_smoothing, z_loss, reduction};
   ThreeTensors grads;
   dispatch(h, [&](auto t) {
-    const RowGradients<decltype(t)> g(p, grad_loss, lse, label_smoothing, z_loss, reduction);
-    grads = backward_as(p, g, output_mask);
+    using T = decltype(t);
+    const Gradients<T> to(p, output_mask);
+    const Tensor lses = kernel_input(lse, p.h), grad = kernel_input(grad_loss, p.h);
+    const T* grads_of = grad.const_data_ptr<T>();
+    const double each = 1 / divisor(p, o);
+    Tasks tasks(p);
+    on_all_threads([&] {
+      ClassBlocks<T> b(p);
+      Backward<T> class_backward;
+      for (int64_t c; (c = tasks.next()) >= 0;) {
+        b.start(c);
+        class_backward(
+            b, o, lses.const_data_ptr<T>(),
+            [&](int64_t i) { return grads_of[o.reduction == "none" ? i : 0] * each; }, to);
+      }
+    });
+    grads = {to.h, to.weight, to.bias};
   });
   const auto as_input = [&](const Tensor& t) { return t.defined() ? t.to(h.scalar_type()) : t; };
   auto& [grad_h, grad_weight, grad_bias] = grads;
   return {as_input(grad_h), as_input(grad_weight), as_input(grad_bias)};
+}
+
+// ---- both at once: a class's words are read once, and its logits computed once if they can be kept ----
+
+SixTensors forward_backward_cpu(const Tensor& h, const Tensor& word_weight, const OptionalTensor& word_bias,
+                                const Tensor& class_words, const Tensor& class_offsets, const Tensor& place,
+                                double label_smoothing, double z_loss, c10::string_view reduction,
+                                std::array<bool, 3> output_mask) {
+  new_outputs_and_gradients(h, word_weight, word_bias, class_words, class_offsets, place, label_smoothing,
+                            z_loss, reduction, output_mask);
+  const Problem p(h, word_weight, word_bias, class_words, class_offsets, place);
+  const Options o = {label_smoothing, z_loss, reduction};
+  SixTensors out;
+  dispatch(h, [&](auto t) {
+    using T = decltype(t);
+    const Losses<T> losses(p, place.sizes());
+    const Gradients<T> to(p, output_mask);
+    const double each = 1 / divisor(p, o);
+    Tasks tasks(p);
+    on_all_threads([&] {
+      ClassBlocks<T> b(p);
+      Scan<T> scan;
+      Backward<T> class_backward;
+      for (int64_t c; (c = tasks.next()) >= 0;) {
+        b.start(c);
+        b.keep();
+        if (b.rows > 0) scan(b, o, losses);
+        class_backward(b, o, losses.lse.template const_data_ptr<T>(), [&](int64_t) { return each; }, to);
+      }
+    });
+    const auto or_empty = [&](const Tensor& g) { return g.defined() ? g : at::empty({0}, p.h.options()); };
+    const auto [loss, nll, lse] = losses.reduced(p, o);
+    out = {loss, nll, lse, or_empty(to.h), or_empty(to.weight), or_empty(to.bias)};
+  });
+  return out;
 }
 
 // ---- autograd ----
@@ -690,9 +841,40 @@ struct HierarchicalWords : torch::autograd::Function<HierarchicalWords> {
   }
 };
 
+/// The same for a loss that is a scalar: the forward pass computes the gradients, for the loss's own of 1.
+struct ScalarHierarchicalWords : torch::autograd::Function<ScalarHierarchicalWords> {
+  static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx, const Tensor& h,
+                                                const Tensor& word_weight, const OptionalTensor& word_bias,
+                                                const Tensor& class_words, const Tensor& class_offsets,
+                                                const Tensor& place, double label_smoothing, double z_loss,
+                                                const std::string& reduction, std::array<bool, 3> wanted) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto [loss, nll, lse, grad_h, grad_weight, grad_bias] =
+        words_forward_backward(h, word_weight, word_bias, class_words, class_offsets, place, label_smoothing,
+                               z_loss, reduction, wanted);
+    ctx->mark_non_differentiable({nll, lse});
+    const auto if_wanted = [&](size_t i, const Tensor& t) { return wanted[i] ? t : Tensor(); };
+    ctx->save_for_backward({if_wanted(0, grad_h), if_wanted(1, grad_weight), if_wanted(2, grad_bias), h,
+                            word_weight, word_bias.value_or(Tensor())});
+    return {loss, nll, lse};
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                                 const torch::autograd::variable_list& grads) {
+    return scaled_gradients(ctx->get_saved_variables(), grads[0], /*arguments=*/10);
+  }
+};
+
 ThreeTensors forward_autograd(const Tensor& h, const Tensor& word_weight, const OptionalTensor& word_bias,
                               const Tensor& class_words, const Tensor& class_offsets, const Tensor& place,
                               double label_smoothing, double z_loss, c10::string_view reduction) {
+  const std::array<bool, 3> wanted = {h.requires_grad(), word_weight.requires_grad(),
+                                      word_bias && word_bias->requires_grad()};
+  if (reduction != "none" && at::GradMode::is_enabled() && (wanted[0] || wanted[1] || wanted[2])) {
+    auto out = ScalarHierarchicalWords::apply(h, word_weight, word_bias, class_words, class_offsets, place,
+                                              label_smoothing, z_loss, std::string(reduction), wanted);
+    return {out[0], out[1], out[2]};
+  }
   auto out = HierarchicalWords::apply(h, word_weight, word_bias, class_words, class_offsets, place,
                                       label_smoothing, z_loss, std::string(reduction));
   return {out[0], out[1], out[2]};
@@ -1072,6 +1254,7 @@ TORCH_LIBRARY_IMPL(flashlm, CPU, m) {
   m.impl("hierarchical_sample", sample_cpu);
   m.impl("_hierarchical_places", places_cpu);
   m.impl("_hierarchical_words_forward", forward_cpu);
+  m.impl("_hierarchical_words_forward_backward", forward_backward_cpu);
   m.impl("_hierarchical_words_backward", backward_cpu);
 }
 TORCH_LIBRARY_IMPL(flashlm, Meta, m) {
@@ -1079,14 +1262,15 @@ TORCH_LIBRARY_IMPL(flashlm, Meta, m) {
   m.impl("hierarchical_sample", new_sample);
   m.impl("_hierarchical_places", new_places);
   m.impl("_hierarchical_words_forward", new_outputs);
+  m.impl("_hierarchical_words_forward_backward", new_outputs_and_gradients);
   m.impl("_hierarchical_words_backward", new_gradients);
 }
 TORCH_LIBRARY_IMPL(flashlm, Autograd, m) {
-  m.impl("hierarchical_top_k", torch::autograd::autogradNotImplementedFallback());
-  m.impl("hierarchical_sample", torch::autograd::autogradNotImplementedFallback());
-  m.impl("_hierarchical_places", torch::autograd::autogradNotImplementedFallback());
   m.impl("_hierarchical_words_forward", forward_autograd);
-  m.impl("_hierarchical_words_backward", torch::autograd::autogradNotImplementedFallback());
+  for (const char* op : {"hierarchical_top_k", "hierarchical_sample", "_hierarchical_places",
+                         "_hierarchical_words_forward_backward", "_hierarchical_words_backward"}) {
+    m.impl(op, torch::autograd::autogradNotImplementedFallback());
+  }
 }
 
 }  // namespace flashlm

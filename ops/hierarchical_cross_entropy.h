@@ -38,12 +38,14 @@ namespace flashlm {
 ///   returns loss and nll as linear_cross_entropy does
 ///
 /// A composite of linear_cross_entropy over the classes and of a second level in which positions are grouped
-/// by class, so that it is a dense product of a class's positions by its words. Every row of word_weight that
-/// is needed is read once in a pass, and every row of its gradient written once. A class is the work of one
-/// thread: results do not depend on their number, and a class with most of the positions bounds the speed.
-/// Extra memory of a thread, in values, for a class of M positions: forward M D, backward 3 M D, and 256 (3 D
-/// + 272); none depends on N V. bfloat16 is computed in float32, on copies of h and word_weight. Double
-/// backward is refused.
+/// by class, so that it is a dense product of a class's positions by its words. As there, a loss that is a
+/// scalar gets its gradients in the forward pass: each class's logits are computed once, as long as they are
+/// not more than a million, and every row of word_weight that is needed is read from memory once, every row
+/// of its gradient written once. A class is the work of one thread: results do not depend on their number,
+/// and a class with most of the positions bounds the speed. Extra memory of a thread, in values, for a class
+/// of M positions: 3 M D + 256 (3 D + 272), and up to 2^20 of logits; none depends on N V. bfloat16 is
+/// computed in float32, on copies of h and word_weight. `precision` is that of the class level's products.
+/// Double backward is refused.
 /// Schema: flashlm::hierarchical_cross_entropy(Tensor h, Tensor class_weight, Tensor? class_bias,
 ///   Tensor word_weight, Tensor? word_bias, Tensor class_words, Tensor class_offsets, Tensor target, *,
 ///   float label_smoothing=0., float z_loss=0., int ignore_index=-100, str reduction="mean",

@@ -15,6 +15,7 @@
 #include <string>
 
 #include "ops/common.h"
+#include "ops/scalar_loss.h"
 
 namespace flashlm {
 
@@ -41,8 +42,7 @@ TORCH_LIBRARY_FRAGMENT(flashlm, m) {
       "Tensor grad_bias)",
       {at::Tag::pt2_compliant_tag});
   m.def(
-      "_linear_cross_entropy_scale(Tensor gradient, Tensor grad_loss, Tensor h, Tensor weight, "
-      "Tensor? bias) -> Tensor",
+      "_scale_gradient(Tensor gradient, Tensor grad_loss, Tensor h, Tensor weight, Tensor? bias) -> Tensor",
       {at::Tag::pt2_compliant_tag});
 }
 
@@ -95,16 +95,6 @@ SixTensors forward_backward(const Tensor& h, const Tensor& weight, const Optiona
                              .typed<decltype(forward_backward)>();
   return op.call(h, weight, bias, target, label_smoothing, z_loss, ignore_index, reduction, precision,
                  output_mask);
-}
-
-/// Knows h, weight and bias because the gradient depends on them: a derivative of it must find this operator
-/// in its way, which refuses.
-Tensor scale(const Tensor& gradient, const Tensor& grad_loss, const Tensor& h, const Tensor& weight,
-             const OptionalTensor& bias) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("flashlm::_linear_cross_entropy_scale", "")
-                             .typed<decltype(scale)>();
-  return op.call(gradient, grad_loss, h, weight, bias);
 }
 
 TwoTensors composite(const Tensor& h, const Tensor& weight, const OptionalTensor& bias, const Tensor& target,
@@ -854,20 +844,7 @@ struct ScalarLinearCrossEntropy : torch::autograd::Function<ScalarLinearCrossEnt
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  const torch::autograd::variable_list& grads) {
-    torch::autograd::variable_list out = ctx->get_saved_variables();
-    const Tensor h = out[3], weight = out[4], bias = out[5];
-    // The usual case needs no copy. Neither tracing nor a derivative of this derivative may see the choice.
-    const bool as_they_are =
-        !at::GradMode::is_enabled() && !at::isTensorSubclassLike(grads[0]) && grads[0].item<double>() == 1;
-    out.resize(3);
-    for (Tensor& grad : out) {
-      if (!grad.defined()) continue;
-      grad = as_they_are
-                 ? grad.to(h.scalar_type())
-                 : scale(grad, grads[0], h, weight, bias.defined() ? OptionalTensor(bias) : std::nullopt);
-    }
-    out.resize(10);  // one for each argument of forward
-    return out;
+    return scaled_gradients(ctx->get_saved_variables(), grads[0], /*arguments=*/10);
   }
 };
 
@@ -893,18 +870,18 @@ TORCH_LIBRARY_IMPL(flashlm, CPU, m) {
   m.impl("_linear_cross_entropy_forward", forward_cpu);
   m.impl("_linear_cross_entropy_backward", backward_cpu);
   m.impl("_linear_cross_entropy_forward_backward", forward_backward_cpu);
-  m.impl("_linear_cross_entropy_scale", scale_cpu);
+  m.impl("_scale_gradient", scale_cpu);
 }
 TORCH_LIBRARY_IMPL(flashlm, Meta, m) {
   m.impl("_linear_cross_entropy_forward", new_outputs);
   m.impl("_linear_cross_entropy_backward", new_gradients);
   m.impl("_linear_cross_entropy_forward_backward", new_outputs_and_gradients);
-  m.impl("_linear_cross_entropy_scale", new_scaled);
+  m.impl("_scale_gradient", new_scaled);
 }
 TORCH_LIBRARY_IMPL(flashlm, Autograd, m) {
   m.impl("_linear_cross_entropy_forward", forward_autograd);
   for (const char* op : {"_linear_cross_entropy_backward", "_linear_cross_entropy_forward_backward",
-                         "_linear_cross_entropy_scale"}) {
+                         "_scale_gradient"}) {
     m.impl(op, torch::autograd::autogradNotImplementedFallback());
   }
 }

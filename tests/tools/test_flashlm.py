@@ -209,3 +209,31 @@ def test_export_loads_in_fresh_python_and_cpp_processes(finished_run, tmp_path):
 
 def test_export_refuses(tmp_path):
     refuse("train one with train_flashlm", "export", tmp_path / "nowhere")
+
+
+# ---- convert-head ----
+
+
+def test_convert_head_and_back(finished_run, dataset, tmp_path):
+    classes, hierarchical, full = (tmp_path / name for name in ("classes.txt", "h.safetensors", "f.safetensors"))
+    # One class for each word: the two kinds of head are equal then, and the loss must stay.
+    succeed("flashlm", "classes", "--data", dataset, "--count", 300, "--out", classes)
+    succeed("flashlm", "convert-head", finished_run, "--head", "hierarchical", "--class-file", classes, "--out", hierarchical)
+    succeed("flashlm", "convert-head", hierarchical, "--head", "full", "--out", full)
+    losses = [json.loads(succeed("flashlm", "evaluate", model, "--data", dataset, "--max-tokens", 512, "--json"))
+              for model in (finished_run, hierarchical, full)]
+    for loss in losses[1:]:
+        assert loss["nats_per_token"] == pytest.approx(losses[0]["nats_per_token"], abs=1e-5)
+    before = full.read_bytes()
+    refuse("exists; choose another --out", "convert-head", hierarchical, "--head", "full", "--out", full)
+    assert full.read_bytes() == before
+
+
+def test_convert_head_refuses(finished_run, tmp_path):
+    out = tmp_path / "out.safetensors"
+    refuse("got from full to full", "convert-head", finished_run, "--head", "full", "--out", out)
+    refuse("a hierarchical head needs --class-file", "convert-head", finished_run, "--head", "hierarchical", "--out", out)
+    (tmp_path / "classes.txt").write_text("flashlm-classes 1 3 1\n0 1 2\n")
+    refuse("got 1 of 3", "convert-head", finished_run, "--head", "hierarchical", "--class-file", tmp_path / "classes.txt",
+           "--out", out)
+    assert not out.exists()
