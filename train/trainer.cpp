@@ -86,7 +86,7 @@ Trainer::Trainer(const CommandLine& line)
   } else if (!config_.init.empty()) {
     start = RunFolder::weights(config_.init);
   }
-  build_model(start);
+  build_model(start, line.resume);
   const NamedParameters parameters = named_parameters(model_);
   optimizers_ = std::make_unique<Optimizers>(parameters, config_.optimizer);
   if (line.profile) profile_ = std::make_unique<Profile>();
@@ -105,16 +105,16 @@ Trainer::Trainer(const CommandLine& line)
   print_header();
 }
 
-/// With the weights of the file `start`, if there is one, else with those that torch's generator draws and
-/// the training tokens' frequencies.
-void Trainer::build_model(const std::filesystem::path& start) {
+/// Of the shape of the model in the file `start`, if there is one, and with its weights unless a checkpoint is
+/// to bring them; else with weights that torch's generator draws, and the training tokens' frequencies.
+void Trainer::build_model(const std::filesystem::path& start, bool resume) {
   ModelConfig& config = config_.model;
   torch::manual_seed(config_.seed);
   if (!start.empty()) {
     const FlashLM from = load_any_model(start);
     if (config.classes == 0) config.classes = from->config().classes;
     model_ = FlashLM(config);
-    load_weights(model_, from->named_weights(), start.string());
+    if (!resume) load_weights(model_, from->named_weights(), start.string());
     return;
   }
   const std::vector<int64_t> counts = word_counts(dataset_.train);

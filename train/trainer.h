@@ -32,7 +32,7 @@ class Trainer {
 
  private:
   double progress() const;
-  void build_model(const std::filesystem::path& start);
+  void build_model(const std::filesystem::path& start, bool resume);
   void train_step();
   void report(const Progressed& before);
   Evaluation held_out();
