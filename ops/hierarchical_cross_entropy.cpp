@@ -797,7 +797,8 @@ SixTensors forward_backward_cpu(const Tensor& h, const Tensor& word_weight, cons
         b.start(c);
         b.keep();
         if (b.rows > 0) scan(b, o, losses);
-        class_backward(b, o, losses.lse.template const_data_ptr<T>(), [&](int64_t) { return each; }, to);
+        class_backward(
+            b, o, losses.lse.template const_data_ptr<T>(), [&](int64_t) { return each; }, to);
       }
     });
     const auto or_empty = [&](const Tensor& g) { return g.defined() ? g : at::empty({0}, p.h.options()); };

@@ -41,9 +41,8 @@ TORCH_LIBRARY_FRAGMENT(flashlm, m) {
       "bool[3] output_mask) -> (Tensor loss, Tensor nll, Tensor lse, Tensor grad_h, Tensor grad_weight, "
       "Tensor grad_bias)",
       {at::Tag::pt2_compliant_tag});
-  m.def(
-      "_scale_gradient(Tensor gradient, Tensor grad_loss, Tensor h, Tensor weight, Tensor? bias) -> Tensor",
-      {at::Tag::pt2_compliant_tag});
+  m.def("_scale_gradient(Tensor gradient, Tensor grad_loss, Tensor h, Tensor weight, Tensor? bias) -> Tensor",
+        {at::Tag::pt2_compliant_tag});
 }
 
 std::tuple<at::Tensor, at::Tensor> linear_cross_entropy(const at::Tensor& h, const at::Tensor& weight,
@@ -880,8 +879,8 @@ TORCH_LIBRARY_IMPL(flashlm, Meta, m) {
 }
 TORCH_LIBRARY_IMPL(flashlm, Autograd, m) {
   m.impl("_linear_cross_entropy_forward", forward_autograd);
-  for (const char* op : {"_linear_cross_entropy_backward", "_linear_cross_entropy_forward_backward",
-                         "_scale_gradient"}) {
+  for (const char* op :
+       {"_linear_cross_entropy_backward", "_linear_cross_entropy_forward_backward", "_scale_gradient"}) {
     m.impl(op, torch::autograd::autogradNotImplementedFallback());
   }
 }

@@ -105,8 +105,8 @@ Trainer::Trainer(const CommandLine& line)
   print_header();
 }
 
-/// Of the shape of the model in the file `start`, if there is one, and with its weights unless a checkpoint is
-/// to bring them; else with weights that torch's generator draws, and the training tokens' frequencies.
+/// Of the shape of the model in the file `start`, if there is one, and with its weights unless a checkpoint
+/// is to bring them; else with weights that torch's generator draws, and the training tokens' frequencies.
 void Trainer::build_model(const std::filesystem::path& start, bool resume) {
   ModelConfig& config = config_.model;
   torch::manual_seed(config_.seed);

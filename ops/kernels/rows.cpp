@@ -27,6 +27,7 @@ inline void stream(T* p, Vec<T> v) {
 
 template <class T>
 void stream_rows(int64_t rows, int64_t width, const T* from, const int64_t* index, T* to) {
+  if (width == 0) return;  // then there may be no memory at all
   for (int64_t r = 0; r < rows; ++r, from += width) {
     T* row = to + index[r] * width;
     if (reinterpret_cast<uintptr_t>(row) % kVectorBytes != 0) {

@@ -477,14 +477,13 @@ TEST_CASE("linear_cross_entropy refuses wrong arguments in words", "[linear_cros
 }
 
 TEST_CASE("linear_cross_entropy refuses double backward in words", "[linear_cross_entropy]") {
-  const auto [reduction, op] =
-      GENERATE(table<std::string, std::string>({{"mean", "_scale_gradient"}, {"none", "_linear_cross_entropy_backward"}}));
+  const auto [reduction, op] = GENERATE(table<std::string, std::string>(
+      {{"mean", "_scale_gradient"}, {"none", "_linear_cross_entropy_backward"}}));
   const Tensors inputs = parameters({3}, 6, 4, true, at::kFloat);
   const at::Tensor y = targets({3}, 6, {}, false);
   const at::Tensor loss = std::get<0>(run(inputs, y, {0, 0, -100, reduction})).sum();
   for (const at::Tensor& root : {loss, loss.square()}) {
     const at::Tensor g = torch::autograd::grad({root}, {inputs[0]}, {}, true, true)[0];
-    require_error([&] { g.sum().backward(); },
-                  "derivative for flashlm::" + op + " is not implemented");
+    require_error([&] { g.sum().backward(); }, "derivative for flashlm::" + op + " is not implemented");
   }
 }
