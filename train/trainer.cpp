@@ -111,8 +111,10 @@ void Trainer::build_model(const std::filesystem::path& start, bool resume) {
   ModelConfig& config = config_.model;
   torch::manual_seed(config_.seed);
   if (!start.empty()) {
-    const FlashLM from = load_any_model(start);
-    if (config.classes == 0) config.classes = from->config().classes;
+    const bool classes_unknown = config.head == "hierarchical" && config.classes == 0;
+    FlashLM from{nullptr};
+    if (!resume || classes_unknown) from = load_any_model(start);  // a checkpoint is read again, whole, later
+    if (classes_unknown) config.classes = from->config().classes;
     model_ = FlashLM(config);
     if (!resume) load_weights(model_, from->named_weights(), start.string());
     return;
