@@ -24,7 +24,7 @@ namespace flashlm {
 namespace {
 
 constexpr std::array<char, 8> kMagic = {'F', 'L', 'M', 'T', 'O', 'K', 'E', 'N'};
-constexpr std::uint32_t kVersion = 1;
+constexpr std::uint32_t kVersion = 2;
 constexpr std::int64_t kLargestVocabulary = std::numeric_limits<std::int32_t>::max();
 
 struct Header {
@@ -35,10 +35,11 @@ struct Header {
   std::uint64_t fingerprint;
   std::uint64_t size;        // ids that follow
   std::uint64_t text_bytes;  // that they stand for
+  std::uint64_t documents;   // ends of documents that follow the ids
   std::uint64_t payload_checksum;
   std::uint64_t header_checksum;  // of all fields above
 };
-static_assert(sizeof(Header) == 64);
+static_assert(sizeof(Header) == 72);
 
 std::uint64_t header_checksum(const Header& header) {
   return checksum(std::as_bytes(std::span(&header, 1)).first(offsetof(Header, header_checksum)));
@@ -156,11 +157,16 @@ TokenShard TokenShard::open(const std::filesystem::path& path) {
   require(header.bytes_per_id == 2 || header.bytes_per_id == 4, "ids must have 2 or 4 bytes");
 
   const std::span<const std::byte> payload = bytes.subspan(sizeof(Header));
-  require(payload.size() % header.bytes_per_id == 0 && payload.size() / header.bytes_per_id == header.size,
-          "truncated or overlong: " + std::to_string(header.size) + " ids of " +
-              std::to_string(header.bytes_per_id) + " bytes are announced, and " +
-              std::to_string(payload.size()) + " bytes are there");
-  require(checksum(payload) == header.payload_checksum, "corrupt (the checksum of its ids does not match)");
+  // Compared by subtraction: sizes that a forged header announces must not wrap.
+  const bool whole = header.size <= payload.size() / header.bytes_per_id &&
+                     header.documents <= payload.size() / sizeof(std::uint64_t) &&
+                     payload.size() - header.size * header.bytes_per_id ==
+                         header.documents * sizeof(std::uint64_t);
+  require(whole, "truncated or overlong: " + std::to_string(header.size) + " ids of " +
+                     std::to_string(header.bytes_per_id) + " bytes and " + std::to_string(header.documents) +
+                     " ends of documents are announced, and " + std::to_string(payload.size()) +
+                     " bytes are there");
+  require(checksum(payload) == header.payload_checksum, "corrupt (the checksum of its content does not match)");
 
   shard.ids_ = payload.data();
   shard.size_ = static_cast<std::int64_t>(header.size);
@@ -168,6 +174,14 @@ TokenShard TokenShard::open(const std::filesystem::path& path) {
   shard.vocab_size_ = static_cast<std::int64_t>(header.vocab_size);
   shard.fingerprint_ = header.fingerprint;
   shard.text_bytes_ = static_cast<std::int64_t>(header.text_bytes);
+  shard.document_ends_ = payload.data() + header.size * header.bytes_per_id;
+  shard.document_count_ = static_cast<std::int64_t>(header.documents);
+  std::int64_t end = 0;
+  for (std::int64_t i = 0; i < shard.document_count_; ++i) {
+    require(shard.document_end(i) > end, "the ends of its documents do not rise");
+    end = shard.document_end(i);
+  }
+  require(shard.document_count_ == 0 || end == shard.size_, "its last document does not end with its ids");
   shard.check_ids(path);
   return shard;
 }
@@ -223,6 +237,10 @@ std::int32_t TokenShard::operator[](std::int64_t position) const {
                             : load<std::int32_t>(ids_ + position * 4);
 }
 
+std::int64_t TokenShard::document_end(std::int64_t i) const {
+  return load<std::int64_t>(document_ends_ + i * sizeof(std::uint64_t));
+}
+
 void TokenShard::copy(std::int64_t offset, std::span<std::int64_t> out) const {
   const auto count = static_cast<std::int64_t>(out.size());
   if (offset < 0 || offset > size_ || count > size_ - offset)
@@ -239,6 +257,7 @@ TokenShard TokenShard::slice(std::int64_t offset, std::int64_t count) const {
   part.ids_ += offset * bytes_per_id_;
   part.size_ = count;
   part.text_bytes_ = 0;
+  part.document_count_ = 0;
   return part;
 }
 
@@ -265,7 +284,19 @@ void TokenShardWriter::append(std::span<const std::int32_t> ids, std::int64_t te
   text_bytes_ += text_bytes;
 }
 
+void TokenShardWriter::end_document() {
+  const auto end = static_cast<std::uint64_t>(size_);
+  if (end == (document_ends_.empty() ? 0 : document_ends_.back()))
+    throw std::logic_error("TokenShardWriter::end_document: a document must hold an id");
+  document_ends_.push_back(end);
+}
+
 void TokenShardWriter::commit() {
+  if (!document_ends_.empty() && document_ends_.back() != static_cast<std::uint64_t>(size_))
+    throw std::logic_error("TokenShardWriter::commit: the last document was not ended");
+  const std::span<const std::byte> ends = std::as_bytes(std::span(document_ends_));
+  payload_.update(ends);
+  file_.write(ends);
   Header header{.magic = kMagic,
                 .version = kVersion,
                 .bytes_per_id = static_cast<std::uint32_t>(bytes_per_id_for(vocab_size_)),
@@ -273,6 +304,7 @@ void TokenShardWriter::commit() {
                 .fingerprint = fingerprint_,
                 .size = static_cast<std::uint64_t>(size_),
                 .text_bytes = static_cast<std::uint64_t>(text_bytes_),
+                .documents = document_ends_.size(),
                 .payload_checksum = payload_.digest(),
                 .header_checksum = 0};
   header.header_checksum = header_checksum(header);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Token ids in a file, mapped into memory. Our own format (docs/formats.md) names its tokenizer and carries
-// checksums; the raw files of other programs (headerless uint16, .npy, llm.c's .bin) are read as they are.
+// Token ids in a file, mapped into memory. Our own format (docs/formats.md) names its tokenizer, knows where
+// documents end and carries checksums; the raw files of other programs (headerless uint16, .npy, llm.c's .bin)
+// are read as they are.
 #pragma once
 
 #include <cstddef>
@@ -8,6 +9,7 @@
 #include <filesystem>
 #include <memory>
 #include <span>
+#include <vector>
 
 #include "data/file.h"
 
@@ -29,7 +31,7 @@ class TokenShard {
   std::int32_t operator[](std::int64_t position) const;
   /// out[i] = the id at offset + i. std::out_of_range when the shard ends before.
   void copy(std::int64_t offset, std::span<std::int64_t> out) const;
-  /// The ids offset ... offset + count - 1, as a shard whose text_bytes() is unknown.
+  /// The ids offset ... offset + count - 1, as a shard whose text_bytes() and documents are unknown.
   TokenShard slice(std::int64_t offset, std::int64_t count) const;
 
   std::int64_t vocab_size() const { return vocab_size_; }
@@ -37,6 +39,10 @@ class TokenShard {
   std::uint64_t fingerprint() const { return fingerprint_; }
   /// Bytes of text that the ids stand for; 0 if unknown.
   std::int64_t text_bytes() const { return text_bytes_; }
+  /// Documents, one after the other; 0 if unknown.
+  std::int64_t document_count() const { return document_count_; }
+  /// Where document i ends, its end-of-text token included: the next one's first position, or size(). Rises.
+  std::int64_t document_end(std::int64_t i) const;
 
  private:
   TokenShard() = default;
@@ -49,6 +55,8 @@ class TokenShard {
   std::int64_t vocab_size_ = 0;
   std::uint64_t fingerprint_ = 0;
   std::int64_t text_bytes_ = 0;
+  const std::byte* document_ends_ = nullptr;  // in file_, uint64, of any alignment
+  std::int64_t document_count_ = 0;
 };
 
 /// Writes a shard as ids arrive; nothing is at `path` before commit().
@@ -58,6 +66,9 @@ class TokenShardWriter {
 
   /// Appends ids that stand for `text_bytes` bytes of text. Error: an id outside the vocabulary.
   void append(std::span<const std::int32_t> ids, std::int64_t text_bytes);
+  /// What was appended since the last call, at least one id, is a document. Without any call the shard's
+  /// documents are unknown; else the last call must come after the last id.
+  void end_document();
   void commit();
 
   std::int64_t size() const { return size_; }
@@ -70,6 +81,7 @@ class TokenShardWriter {
   std::uint64_t fingerprint_;
   std::int64_t size_ = 0;
   std::int64_t text_bytes_ = 0;
+  std::vector<std::uint64_t> document_ends_;
 };
 
 }  // namespace flashlm

@@ -11,7 +11,7 @@ using namespace flashlm;
 
 namespace {
 
-constexpr std::size_t kHeaderBytes = 64;
+constexpr std::size_t kHeaderBytes = 72;
 
 std::vector<std::int64_t> ids_of(const TokenShard& shard) {
   std::vector<std::int64_t> ids(static_cast<std::size_t>(shard.size()));
@@ -37,11 +37,13 @@ T at(const std::string& bytes, std::size_t offset) {
   return value;
 }
 
-/// The bytes of a shard with the ids 0, 300, 7 and a vocabulary of `vocab_size`.
+/// The bytes of a shard with the ids 0, 300, 7, which are two documents, and a vocabulary of `vocab_size`.
 std::string shard_bytes(const Scratch& scratch, std::int64_t vocab_size) {
   TokenShardWriter writer(scratch / "made", vocab_size, 0x1122334455667788);
   writer.append(std::vector<std::int32_t>{0, 300}, 9);
+  writer.end_document();
   writer.append(std::vector<std::int32_t>{7}, 2);
+  writer.end_document();
   writer.commit();
   return read_file(scratch / "made");
 }
@@ -63,12 +65,15 @@ TEST_CASE("a shard gives back ids, counts and its tokenizer", "[token_shard]") {
   const Scratch scratch;
   for (const std::int64_t vocab_size : {301, 65536, 65537, 1'000'000}) {
     const std::string bytes = shard_bytes(scratch, vocab_size);
-    CHECK(bytes.size() == kHeaderBytes + 3 * (vocab_size <= 65536 ? 2 : 4));
+    CHECK(bytes.size() == kHeaderBytes + 3 * (vocab_size <= 65536 ? 2 : 4) + 2 * 8);
     const TokenShard shard = TokenShard::open(scratch / "made");
     CHECK(ids_of(shard) == std::vector<std::int64_t>{0, 300, 7});
     CHECK(shard.vocab_size() == vocab_size);
     CHECK(shard.fingerprint() == 0x1122334455667788);
     CHECK(shard.text_bytes() == 11);
+    REQUIRE(shard.document_count() == 2);
+    CHECK(shard.document_end(0) == 2);
+    CHECK(shard.document_end(1) == 3);
   }
   TokenShardWriter(scratch / "empty", 5, 0).commit();
   CHECK(TokenShard::open(scratch / "empty").size() == 0);
@@ -78,15 +83,16 @@ TEST_CASE("the header is laid out as documented", "[token_shard]") {
   const Scratch scratch;
   const std::string bytes = shard_bytes(scratch, 70'000);
   CHECK(bytes.substr(0, 8) == "FLMTOKEN");
-  CHECK(at<std::uint32_t>(bytes, 8) == 1);
+  CHECK(at<std::uint32_t>(bytes, 8) == 2);
   CHECK(at<std::uint32_t>(bytes, 12) == 4);
   CHECK(at<std::uint64_t>(bytes, 16) == 70'000);
   CHECK(at<std::uint64_t>(bytes, 24) == 0x1122334455667788);
   CHECK(at<std::uint64_t>(bytes, 32) == 3);
   CHECK(at<std::uint64_t>(bytes, 40) == 11);
-  CHECK(at<std::uint64_t>(bytes, 48) == checksum(bytes.substr(kHeaderBytes)));
-  CHECK(at<std::uint64_t>(bytes, 56) == checksum(bytes.substr(0, 56)));
-  CHECK(bytes.substr(kHeaderBytes) == raw<std::uint32_t>({0, 300, 7}));
+  CHECK(at<std::uint64_t>(bytes, 48) == 2);
+  CHECK(at<std::uint64_t>(bytes, 56) == checksum(bytes.substr(kHeaderBytes)));
+  CHECK(at<std::uint64_t>(bytes, 64) == checksum(bytes.substr(0, 64)));
+  CHECK(bytes.substr(kHeaderBytes) == raw<std::uint32_t>({0, 300, 7}) + raw<std::uint64_t>({2, 3}));
 }
 
 TEST_CASE("slices and copies keep within the shard", "[token_shard]") {
@@ -97,6 +103,7 @@ TEST_CASE("slices and copies keep within the shard", "[token_shard]") {
   CHECK(ids_of(part.slice(1, 1)) == std::vector<std::int64_t>{7});
   CHECK(part.slice(2, 0).size() == 0);
   CHECK(part.text_bytes() == 0);
+  CHECK(part.document_count() == 0);
   std::vector<std::int64_t> two(2);
   CHECK_THROWS_AS(part.copy(1, two), std::out_of_range);
   CHECK_THROWS_AS(part.copy(-1, two), std::out_of_range);
@@ -123,7 +130,7 @@ TEST_CASE("a shard that is too short or too long is found", "[token_shard]") {
   for (std::size_t size = 0; size < good.size(); ++size)
     CHECK_FALSE(open_error(scratch, good.substr(0, size)).empty());
   CHECK_THAT(open_error(scratch, good.substr(0, good.size() - 2)),
-             Contains("3 ids of 2 bytes") && Contains("4 bytes are there"));
+             Contains("3 ids of 2 bytes and 2 ends") && Contains("20 bytes are there"));
   CHECK_THAT(open_error(scratch, good + "xx"), Contains("truncated or overlong"));
 }
 
@@ -133,16 +140,26 @@ TEST_CASE("headers that are whole but wrong are told apart", "[token_shard]") {
   const auto error_with = [&](std::size_t offset, auto value) {
     std::string changed = bytes;
     patch(changed, offset, value);
-    patch(changed, 56, checksum(changed.substr(0, 56)));
+    patch(changed, 64, checksum(changed.substr(0, 64)));
     return open_error(scratch, changed);
   };
   CHECK_THAT(error_with(0, 'X'), Contains("not a token shard"));
-  CHECK_THAT(error_with(8, std::uint32_t{2}), Contains("version 2") && Contains("reads version 1"));
+  CHECK_THAT(error_with(8, std::uint32_t{1}), Contains("version 1") && Contains("reads version 2"));
   CHECK_THAT(error_with(12, std::uint32_t{3}), Contains("2 or 4"));
   CHECK_THAT(error_with(12, std::uint32_t{0}), Contains("2 or 4"));
   CHECK_THAT(error_with(16, std::uint64_t{300}), Contains("position 1 is 300"));
   CHECK_THAT(error_with(32, std::uint64_t{1} << 63 | 3), Contains("truncated"));
-  CHECK_THAT(error_with(48, std::uint64_t{1}), Contains("corrupt"));
+  CHECK_THAT(error_with(48, std::uint64_t{1} << 61 | 2), Contains("truncated"));
+  CHECK_THAT(error_with(56, std::uint64_t{1}), Contains("corrupt"));
+  const auto error_with_ends = [&](std::uint64_t first, std::uint64_t second) {
+    patch(bytes, bytes.size() - 16, first);
+    patch(bytes, bytes.size() - 8, second);
+    return error_with(56, checksum(bytes.substr(kHeaderBytes)));
+  };
+  CHECK(error_with_ends(1, 3).empty());
+  CHECK_THAT(error_with_ends(3, 3), Contains("do not rise"));
+  CHECK_THAT(error_with_ends(0, 3), Contains("do not rise"));
+  CHECK_THAT(error_with_ends(1, 2), Contains("does not end"));
   CHECK_THAT(open_error(scratch, "a text file, longer than the header of a shard would be, not a shard"),
              Contains("not a token shard"));
 }
@@ -156,6 +173,17 @@ TEST_CASE("an unfinished shard leaves nothing, and ids outside the vocabulary ar
     CHECK_THAT(error_of([&] { writer.append(std::vector<std::int32_t>{-1}, 1); }), Contains("-1"));
   }
   CHECK(is_empty(scratch.path()));
+}
+
+TEST_CASE("documents are all ended, or none is", "[token_shard]") {
+  const Scratch scratch;
+  TokenShardWriter writer(scratch / "s", 10, 0);
+  CHECK_THROWS_AS(writer.end_document(), std::logic_error);
+  writer.append(std::vector<std::int32_t>{1}, 1);
+  writer.end_document();
+  CHECK_THROWS_AS(writer.end_document(), std::logic_error);
+  writer.append(std::vector<std::int32_t>{2}, 1);
+  CHECK_THROWS_AS(writer.commit(), std::logic_error);
 }
 
 TEST_CASE("raw token files of other programs", "[token_shard]") {
