@@ -26,7 +26,8 @@ built_for_cuda = re.search(r"^cuda.*= '", (torch / "version.py").read_text(), re
 if not (torch / "share/cmake/Torch").is_dir() or (built_for_cuda and not shutil.which("nvcc")):
     sys.exit(1)
 print(torch / "share/cmake/Torch")
-print(*[name for name in ("numpy", "pytest", "matplotlib", "safetensors") if not importlib.util.find_spec(name)])
+print(*[name for name in ("numpy", "pytest", "matplotlib", "safetensors", "pyarrow", "xxhash",
+                        "tokenizers", "tiktoken") if not importlib.util.find_spec(name)])
 PY
 }
 
