@@ -301,6 +301,58 @@ Case gated_conv_case(int64_t batch, int64_t time, int64_t width, int64_t groups,
           by(batch, time, width) + " dilation " + std::to_string(dilation), make};
 }
 
+/// h_t = f_t h_{t-1} + x_t over dimension `dim`, one call of torch for each step, on slices taken all at
+/// once: indexing f in the loop would make autograd fill a tensor of f's size for every step.
+Tensors eager_recurrence(const at::Tensor& f, const at::Tensor& x, int64_t dim) {
+  const Tensors gates = f.unbind(dim), inputs = x.unbind(dim);
+  Tensors states = {inputs[0]};
+  for (size_t t = 1; t < gates.size(); ++t) states.push_back(at::addcmul(inputs[t], gates[t], states.back()));
+  return states;
+}
+
+/// The same in two levels: all chunks of time at once, then from chunk to chunk. Without divisions or
+/// logarithms of products of gates, which leave the range of floats. The fastest of the exact scans that were
+/// tried in eager torch: Hillis and Steele's and Blelloch's take longer.
+at::Tensor eager_scan(const at::Tensor& f, const at::Tensor& x) {
+  constexpr int64_t kSteps = 64;
+  const int64_t batch = f.size(0), chunks = f.size(1) / kSteps, width = f.size(2);
+  const at::Tensor gates = f.view({batch, chunks, kSteps, width});
+  const Tensors states = eager_recurrence(gates, x.view(gates.sizes()), 2);
+  Tensors products = gates.unbind(2);
+  for (size_t t = 1; t < products.size(); ++t) products[t] = products[t] * products[t - 1];
+  Tensors ends = eager_recurrence(products.back(), states.back(), 1);
+  ends.pop_back();
+  ends.insert(ends.begin(), at::zeros_like(ends[0]));  // what enters the first chunk
+  return at::addcmul(at::stack(states, 2), at::stack(products, 2), at::stack(ends, 1).unsqueeze(2))
+      .view(f.sizes());
+}
+
+Case mlgru_case(int64_t batch, int64_t time, int64_t width, const std::string& activation, Pass pass) {
+  const auto make = [=] {
+    // Forward: f and c in, h out; backward: f, c, h and its gradient in, two gradients out.
+    const double n = static_cast<double>(batch * time * width);
+    const bool forward = pass == Pass::kForward, silu = activation == "silu";
+    Contest contest = passes_over_memory(n * (forward ? 3 : 9), n * (forward ? 3 : 6), pass);
+    const at::Tensor f = at::randn({batch, time, width});
+    const Tensors inputs = {silu ? f : f.sigmoid(), at::randn_like(f)};
+    const at::Tensor grad_h = at::randn_like(f);
+    const auto add = [&](const char* name, const std::function<at::Tensor(at::Tensor, at::Tensor)>& body) {
+      contest.contestants.push_back(evaluate(contest, name, inputs, grad_h, [=](const Tensors& t) {
+        const at::Tensor gate = silu ? t[0].sigmoid() : t[0];
+        return body(gate, (1 - gate) * (silu ? at::silu(t[1]) : t[1]));
+      }));
+    };
+    contest.contestants = {evaluate(contest, "FlashLM", inputs, grad_h, [=](const Tensors& t) {
+      return std::get<0>(mlgru(t[0], t[1], std::nullopt, std::nullopt, activation));
+    })};
+    add("torch loop",
+        [](const auto& gate, const auto& x) { return at::stack(eager_recurrence(gate, x, 1), 1); });
+    add("torch scan", eager_scan);
+    return contest;
+  };
+  return {"mlgru " + activation + ", " + pass_name(pass), by(batch, time, width), make};
+}
+
 // ---- elementwise ----
 
 Case rms_norm_case(int64_t rows, int64_t width, Pass pass) {
@@ -551,6 +603,10 @@ std::vector<Case> cases(const Ggml* ggml, int threads) {
   for (const Pass pass : kPasses) {
     for (const int64_t dilation : kDilations)
       all.push_back(causal_conv1d_case(16, 256, 256, 16, dilation, pass));
+  }
+  for (const Pass pass : kPasses) {
+    for (const char* activation : {"none", "silu"})
+      all.push_back(mlgru_case(16, 1024, 512, activation, pass));
   }
   for (const Pass pass : kPasses) all.push_back(rms_norm_case(4096, 256, pass));
   for (const Pass pass : kPasses) all.push_back(relu2_glu_case(4096, 683, pass));

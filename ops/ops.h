@@ -9,6 +9,7 @@
 #include "ops/gated_conv.h"
 #include "ops/hierarchical_cross_entropy.h"
 #include "ops/linear_cross_entropy.h"
+#include "ops/mlgru.h"
 #include "ops/pack_ternary.h"
 #include "ops/packed_linear.h"
 #include "ops/relu2_glu.h"

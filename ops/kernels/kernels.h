@@ -43,6 +43,15 @@ struct AdamWOwed {
   T keep, tail, beta1, beta2, eps;
 };
 
+/// Time steps of mlgru, of some channels of a sequence: f(t, i) = f[t * row + i], for t in 0 .. rows - 1 and
+/// i in 0 .. width - 1; c, h and all gradients alike. With lower_bound (width), f and c are still without
+/// their activations (activation = "silu" in ops/mlgru.h); null: they are used as they are.
+template <class T>
+struct MlgruRows {
+  int64_t rows, width, row;
+  const T *f, *c, *lower_bound;
+};
+
 template <class T>
 struct Table {
   // ---- adamw: in place on w, m, v; g, w, m and v do not overlap. The same bits on every level ----
@@ -172,6 +181,22 @@ struct Table {
   /// C (m, n), C(i, j) = c[i * c_row + j].
   void (*gemm_int8)(int64_t m, int64_t n, int64_t depth, const int32_t* strips, const T* scale,
                     const int32_t* packed, T* c, int64_t c_row, bool accumulate);
+
+  // ---- mlgru: h_t = f_t h_{t-1} + (1 - f_t) c_t; see ops/mlgru.h. The same bits on every level ----
+
+  /// h is written; before (width) is the h that precedes row 0.
+  void (*mlgru)(const MlgruRows<T>& x, const T* before, T* h);
+
+  /// Backward, from the last row to the first. carry (width): in, the gradient of the last h from what comes
+  /// after these rows; out, that of `before`. grad_f and grad_c are written; grad_lower_bound (width) is
+  /// added to, and may be null where there is no lower_bound.
+  void (*mlgru_backward)(const MlgruRows<T>& x, const T* before, const T* h, const T* grad_h, T* carry,
+                         T* grad_f, T* grad_c, T* grad_lower_bound);
+
+  /// What either does to the rows' two ends: h of the last row = product * before + end, and carry out =
+  /// product * carry in + carry. All (width); product comes as ones, end and carry as zeros.
+  void (*mlgru_end)(const MlgruRows<T>& x, T* product, T* end);
+  void (*mlgru_backward_end)(const MlgruRows<T>& x, const T* grad_h, T* product, T* carry);
 
   // ---- rms_norm: y = x * rstd * scale, rstd = 1 / sqrt(mean(x^2) + eps) ----
 

@@ -15,6 +15,7 @@ static Table<T> make_table() {
   add_gemm(table);
   add_gemm_bf16(table);
   add_gemm_int8(table);
+  add_mlgru(table);
   add_packed_linear(table);
   add_relu2_glu(table);
   add_rms_norm(table);

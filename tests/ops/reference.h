@@ -7,6 +7,8 @@
 
 #include <optional>
 #include <string_view>
+#include <tuple>
+#include <vector>
 
 namespace flashlm::reference {
 
@@ -73,6 +75,25 @@ inline at::Tensor bit_linear(const at::Tensor& x, const at::Tensor& weight,
 
 inline at::Tensor relu2_glu(const at::Tensor& gate, const at::Tensor& up) {
   return gate.relu().square() * up;
+}
+
+/// {h, h_last}
+inline std::tuple<at::Tensor, at::Tensor> mlgru(at::Tensor f, at::Tensor c,
+                                                const std::optional<at::Tensor>& h0,
+                                                const std::optional<at::Tensor>& lower_bound,
+                                                std::string_view activation) {
+  if (activation == "silu") {
+    const at::Tensor bound = lower_bound ? *lower_bound : torch::zeros({f.size(2)}, f.options());
+    f = bound + (1 - bound) * f.sigmoid();
+    c = at::silu(c);
+  }
+  at::Tensor h = h0 ? *h0 : torch::zeros({f.size(0), f.size(2)}, f.options());
+  std::vector<at::Tensor> states;
+  for (int64_t t = 0; t < f.size(1); ++t) {
+    h = f.select(1, t) * h + (1 - f.select(1, t)) * c.select(1, t);
+    states.push_back(h);
+  }
+  return {at::stack(states, 1), h};
 }
 
 }  // namespace flashlm::reference

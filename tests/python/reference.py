@@ -62,6 +62,22 @@ def gated_conv(x, norm_scale, gate_weight, value_weight, history=None, *, dilati
     return x + gate.sigmoid() * causal_conv1d(h, value_weight, past, dilation=dilation, groups=groups)
 
 
+def mlgru(f, c, h0=None, lower_bound=None, *, activation="none"):
+    if activation == "silu":
+        bound = 0 if lower_bound is None else lower_bound
+        f, c = bound + (1 - bound) * f.sigmoid(), F.silu(c)
+    h = f.new_zeros(f.size(0), f.size(2)) if h0 is None else h0
+    states = []
+    for f_t, c_t in zip(f.unbind(1), c.unbind(1)):
+        h = f_t * h + (1 - f_t) * c_t
+        states.append(h)
+    return torch.stack(states, 1) if states else f * c, h
+
+
+def mlgru_step(f, c, h, lower_bound=None, *, activation="none"):
+    return mlgru(f[:, None], c[:, None], h, lower_bound, activation=activation)[1]
+
+
 def reduce(loss, nll, kept, reduction):
     """Values of all positions, 0 where they are not kept."""
     if reduction == "none":

@@ -201,6 +201,45 @@ conv("one_step_of_history", 2, 1, 4, 4, history=True, groups=2)
 conv("one_tap", 2, 3, 4, 1, groups=2)
 conv("no_batch", 0, 5, 4, 3, groups=2)
 
+# ---- mlgru, mlgru_step ----
+
+
+def mlgru(name, batch, time, width, h0=False, lower_bound=False, **options):
+    def gates(*shape):
+        f = randn(*shape)
+        return dict(f=f if options else f.sigmoid(), c=randn(*shape))
+
+    def bound():
+        return dict(lower_bound=0.9 * torch.rand(width, dtype=torch.float64)) if lower_bound else {}
+
+    def state():
+        return randn(batch, width)
+
+    with_bound = ("lower_bound",) if lower_bound else ()
+    add(
+        "mlgru",
+        name,
+        lambda: gates(batch, time, width) | (dict(h0=state()) if h0 else {}) | bound() | options,
+        ("f", "c", *(("h0",) if h0 else ()), *with_bound),
+    )
+    if h0:
+        add(
+            "mlgru_step",
+            name,
+            lambda: gates(batch, width) | dict(h=state()) | bound() | options,
+            ("f", "c", "h", *with_bound),
+        )
+
+
+mlgru("defaults", 2, 5, 17)
+mlgru("h0", 2, 5, 3, h0=True)
+mlgru("silu", 2, 5, 17, activation="silu")
+mlgru("silu_h0", 3, 4, 5, h0=True, activation="silu")
+mlgru("silu_lower_bound", 3, 4, 5, h0=True, lower_bound=True, activation="silu")
+mlgru("one_step", 2, 1, 4, lower_bound=True, activation="silu")
+mlgru("no_steps", 2, 0, 4, h0=True, lower_bound=True, activation="silu")
+mlgru("no_batch", 0, 3, 4, h0=True)
+
 # ---- linear_cross_entropy ----
 
 
@@ -333,6 +372,11 @@ REFUSALS = [
     Refusal("causal_conv1d", dict(groups=3), "groups must divide D"),
     Refusal("gated_conv", dict(norm_scale=torch.ones(3)), "norm_scale's size must be 4, got 3"),
     Refusal("gated_conv", dict(history=torch.ones(2, 3, 4)), "history must be (B, (K-1)*dilation, D)"),
+    Refusal("mlgru", dict(c=torch.ones(2, 5, 16)), "c must be (B, T, D) = [2, 5, 17], got [2, 5, 16]"),
+    Refusal("mlgru", dict(h0=torch.ones(2, 5, 17)), "h0 must be (B, D) = [2, 17], got [2, 5, 17]"),
+    Refusal("mlgru", dict(activation="tanh"), "activation must be none or silu, got tanh"),
+    Refusal("mlgru", dict(lower_bound=torch.ones(17)), "lower_bound is for activation silu"),
+    Refusal("mlgru_step", dict(f=torch.ones(2, 1, 3)), "f must have 2 dimensions, got 3"),
     Refusal("linear_cross_entropy", dict(reduction="average"), "reduction must be"),
     Refusal("linear_cross_entropy", dict(precision="fp8"), "precision must be"),
     Refusal("linear_cross_entropy", dict(target=torch.full((6,), 11)), "target must be in [0, V)"),
