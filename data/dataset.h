@@ -1,12 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// What training reads: a training and a validation sequence of tokens, and the tokenizer that made them.
+// What training reads: training and validation sequences of tokens, and the tokenizer that made them.
 #pragma once
 
 #include <cstdint>
 #include <filesystem>
 #include <memory>
 #include <optional>
+#include <string>
+#include <vector>
 
+#include "data/sampler.h"
 #include "data/token_shard.h"
 #include "data/tokenizer.h"
 
@@ -29,5 +32,24 @@ struct Dataset {
   static Dataset open_raw(const std::filesystem::path& tokens, std::int64_t vocab_size,
                           const std::optional<std::filesystem::path>& val_file, double val_fraction);
 };
+
+/// Several data sets to train on together, all of one tokenizer. They are given as text, PATH or PATH=WEIGHT
+/// (1 without one) separated by commas, as in "books,web=0.5". A path may hold commas and "=" itself if it is
+/// there: then it is taken whole.
+struct DataMix {
+  std::vector<TokenSource> train;
+  std::vector<TokenSource> val;          // the same weights
+  std::unique_ptr<Tokenizer> tokenizer;  // null for raw tokens
+
+  /// Folders, each a Dataset. Errors: its, a weight that is not above 0, another tokenizer than the first's.
+  static DataMix open(const std::string& folders);
+  /// Files of raw ids, as Dataset::open_raw. With val_file that one alone is the validation sequence.
+  static DataMix open_raw(const std::string& files, std::int64_t vocab_size,
+                          const std::optional<std::filesystem::path>& val_file, double val_fraction);
+};
+
+/// How often each id of the vocabulary is to be expected in as many tokens as all sources have, when sources
+/// are drawn by weight. For one source: word_counts of its tokens.
+std::vector<std::int64_t> word_counts(const std::vector<TokenSource>& sources);
 
 }  // namespace flashlm

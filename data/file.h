@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Files as the project reads and writes them: mapped into memory for reading; written under a temporary name
-// and renamed when complete, so that a file either has its whole content or is not there.
+// Files as the project reads and writes them: mapped into memory, or in parts, for reading; written under a
+// temporary name and renamed when complete, so that a file either has its whole content or is not there.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <memory>
 #include <span>
 #include <string>
@@ -13,6 +14,30 @@
 #include <vector>
 
 namespace flashlm {
+
+/// Throws the Error "cannot read PATH: WHY".
+[[noreturn]] void fail_reading(const std::filesystem::path& path, const std::string& why);
+
+/// A file read from its start to its end. Mapped pages would count as the process's memory; these do not.
+/// Errors: missing, unreadable, not a regular file.
+class InputFile {
+ public:
+  explicit InputFile(std::filesystem::path path);
+  ~InputFile();
+  InputFile(const InputFile&) = delete;
+  InputFile& operator=(const InputFile&) = delete;
+
+  /// Fills `buffer` and returns its size; returns less only at the end of the file.
+  std::size_t read(std::span<std::byte> buffer);
+  std::uint64_t size() const { return size_; }
+  const std::filesystem::path& path() const { return path_; }
+  int descriptor() const { return descriptor_; }
+
+ private:
+  std::filesystem::path path_;
+  int descriptor_;
+  std::uint64_t size_ = 0;
+};
 
 /// A file's bytes, read-only, for as long as the object lives. Errors: missing, unreadable, not a regular
 /// file.
@@ -26,6 +51,12 @@ class MappedFile {
   std::span<const std::byte> bytes() const { return bytes_; }
   std::string_view text() const { return {reinterpret_cast<const char*>(bytes_.data()), bytes_.size()}; }
 
+  /// Calls `use` with the bytes from `offset` on, in pieces, and release() after each.
+  void for_each_piece(std::size_t offset, const std::function<void(std::span<const std::byte>)>& use) const;
+  /// What was read no longer counts as memory of the process; bytes() stay as they are. So a file of any size
+  /// can be looked through.
+  void release() const;
+
  private:
   std::span<const std::byte> bytes_;
 };
@@ -36,6 +67,10 @@ class MappedFile {
 class AtomicFile {
  public:
   explicit AtomicFile(std::filesystem::path path);
+  /// The same with a temporary of this name, which may be there: its first `size` bytes are kept, and writing
+  /// goes on behind them. After save() or with a `size` above 0 the destructor leaves it, until discard().
+  /// Error: it has fewer bytes.
+  AtomicFile(std::filesystem::path path, std::filesystem::path temporary, std::uint64_t size);
   ~AtomicFile();
   AtomicFile(const AtomicFile&) = delete;
   AtomicFile& operator=(const AtomicFile&) = delete;
@@ -44,16 +79,33 @@ class AtomicFile {
   void write(std::string_view text);
   /// The next write goes to this offset (bytes from the start), for example to complete a header.
   void seek(std::uint64_t offset);
+  /// Hands what was written to the system: readers of the temporary find it.
+  void flush();
+  /// Makes it durable.
+  void save();
+  void discard() { keep_ = false; }
   void commit();
 
  private:
-  void flush();
   [[noreturn]] void fail(int error_number) const;
 
   std::filesystem::path path_;
   std::filesystem::path temporary_;
   std::vector<std::byte> buffer_;
   int descriptor_ = -1;
+  bool keep_ = false;
+};
+
+/// While the object lives, no other process can have one for the same folder. Error: another has.
+class FolderLock {
+ public:
+  explicit FolderLock(const std::filesystem::path& folder);
+  ~FolderLock();
+  FolderLock(const FolderLock&) = delete;
+  FolderLock& operator=(const FolderLock&) = delete;
+
+ private:
+  int descriptor_;
 };
 
 void write_file(const std::filesystem::path& path, std::string_view content);

@@ -34,12 +34,35 @@ std::string valid_utf8(std::string_view text) {
   return valid;
 }
 
+namespace {
+
+bool is_ascii_space(char c) { return c == ' ' || (c >= '\t' && c <= '\r'); }
+
+/// Whether the text ends with one of Unicode's White_Space.
+bool ends_with_space(std::string_view text) {
+  if (is_ascii_space(text.back())) return true;
+  for (const std::string_view space : {"\xC2\x85", "\xC2\xA0", "\xE1\x9A\x80", "\xE2\x80\xA8", "\xE2\x80\xA9",
+                                       "\xE2\x80\xAF", "\xE2\x81\x9F", "\xE3\x80\x80"})
+    if (text.ends_with(space)) return true;
+  return text.size() >= 3 && text.substr(text.size() - 3, 2) == "\xE2\x80" &&
+         static_cast<unsigned char>(text.back()) <= 0x8A;
+}
+
+}  // namespace
+
 std::string_view take_chunk(std::string_view& text, std::size_t size) {
   std::size_t end = std::min(std::max<std::size_t>(size, 1), text.size());
   const std::size_t limit = std::min(end + size, text.size());
-  while (end < limit && !(text[end] == ' ' && text[end - 1] != ' ')) ++end;
-  const bool mid_word = end < text.size() && text[end] != ' ';
-  if (mid_word) {
+  const auto between_words = [text](std::size_t i) {
+    return is_ascii_space(text[i]) && !ends_with_space(text.substr(0, i));
+  };
+  std::size_t other = limit;  // the first place before white space other than ' '
+  while (end < limit && !(between_words(end) && text[end] == ' ')) {
+    if (other == limit && between_words(end)) other = end;
+    ++end;
+  }
+  if (end == limit && end < text.size()) end = other;
+  if (end < text.size() && !is_ascii_space(text[end])) {
     const auto continues = [&](std::size_t i) {
       return (static_cast<unsigned char>(text[i]) & 0xC0) == 0x80;
     };

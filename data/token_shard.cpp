@@ -25,6 +25,7 @@ namespace {
 
 constexpr std::array<char, 8> kMagic = {'F', 'L', 'M', 'T', 'O', 'K', 'E', 'N'};
 constexpr std::uint32_t kVersion = 2;
+constexpr std::int64_t kReleasedIds = 1 << 22;  // looked at between two calls of MappedFile::release
 constexpr std::int64_t kLargestVocabulary = std::numeric_limits<std::int32_t>::max();
 
 struct Header {
@@ -158,15 +159,19 @@ TokenShard TokenShard::open(const std::filesystem::path& path) {
 
   const std::span<const std::byte> payload = bytes.subspan(sizeof(Header));
   // Compared by subtraction: sizes that a forged header announces must not wrap.
-  const bool whole = header.size <= payload.size() / header.bytes_per_id &&
-                     header.documents <= payload.size() / sizeof(std::uint64_t) &&
-                     payload.size() - header.size * header.bytes_per_id ==
-                         header.documents * sizeof(std::uint64_t);
+  const bool whole =
+      header.size <= payload.size() / header.bytes_per_id &&
+      header.documents <= payload.size() / sizeof(std::uint64_t) &&
+      payload.size() - header.size * header.bytes_per_id == header.documents * sizeof(std::uint64_t);
   require(whole, "truncated or overlong: " + std::to_string(header.size) + " ids of " +
                      std::to_string(header.bytes_per_id) + " bytes and " + std::to_string(header.documents) +
                      " ends of documents are announced, and " + std::to_string(payload.size()) +
                      " bytes are there");
-  require(checksum(payload) == header.payload_checksum, "corrupt (the checksum of its content does not match)");
+  Checksum content;
+  shard.file_->for_each_piece(sizeof(Header),
+                              [&](std::span<const std::byte> piece) { content.update(piece); });
+  require(content.digest() == header.payload_checksum,
+          "corrupt (the checksum of its content does not match)");
 
   shard.ids_ = payload.data();
   shard.size_ = static_cast<std::int64_t>(header.size);
@@ -180,6 +185,7 @@ TokenShard TokenShard::open(const std::filesystem::path& path) {
   for (std::int64_t i = 0; i < shard.document_count_; ++i) {
     require(shard.document_end(i) > end, "the ends of its documents do not rise");
     end = shard.document_end(i);
+    if (i % kReleasedIds == 0) shard.file_->release();
   }
   require(shard.document_count_ == 0 || end == shard.size_, "its last document does not end with its ids");
   shard.check_ids(path);
@@ -218,8 +224,14 @@ TokenShard TokenShard::open_raw(const std::filesystem::path& path, std::int64_t 
 
 void TokenShard::check_ids(const std::filesystem::path& path) const {
   // An int32 below zero is a large uint32 here, and is found by the same scan.
-  const std::uint32_t found =
-      bytes_per_id_ == 2 ? largest<std::uint16_t>(ids_, size_) : largest<std::uint32_t>(ids_, size_);
+  std::uint32_t found = 0;
+  for (std::int64_t start = 0; start < size_; start += kReleasedIds) {
+    const std::byte* const ids = ids_ + start * bytes_per_id_;
+    const std::int64_t count = std::min(size_ - start, kReleasedIds);
+    found = std::max<std::uint32_t>(
+        found, bytes_per_id_ == 2 ? largest<std::uint16_t>(ids, count) : largest<std::uint32_t>(ids, count));
+    file_->release();
+  }
   if (size_ == 0 || found < vocab_size_) return;
   std::int64_t position = 0;
   while (static_cast<std::uint32_t>((*this)[position]) < vocab_size_) ++position;
@@ -262,55 +274,84 @@ TokenShard TokenShard::slice(std::int64_t offset, std::int64_t count) const {
 }
 
 TokenShardWriter::TokenShardWriter(const std::filesystem::path& path, std::int64_t vocab_size,
-                                   std::uint64_t fingerprint)
-    : file_(path), vocab_size_(vocab_size), fingerprint_(fingerprint) {
+                                   std::uint64_t fingerprint, const ShardExtent& saved)
+    : ids_(path, path.string() + ".part",
+           saved.size == 0 ? 0 : sizeof(Header) + saved.size * bytes_per_id_for(vocab_size)),
+      ends_(path, path.string() + ".part-ends", saved.documents * sizeof(std::uint64_t)),
+      ends_path_(path.string() + ".part-ends"),
+      vocab_size_(vocab_size),
+      fingerprint_(fingerprint),
+      extent_(saved) {
   check_vocab_size(vocab_size);
-  file_.write(std::string(sizeof(Header), '\0'));  // its place; commit() fills it in
+  if (saved.size == 0) {
+    ids_.write(std::string(sizeof(Header), '\0'));  // its place; commit() fills it in
+    return;
+  }
+  MappedFile(path.string() + ".part").for_each_piece(sizeof(Header), [&](std::span<const std::byte> bytes) {
+    payload_.update(bytes);
+  });
+  if (saved.documents > 0)
+    last_end_ = load<std::int64_t>(MappedFile(ends_path_).bytes().last(sizeof(std::uint64_t)).data());
 }
 
 void TokenShardWriter::append(std::span<const std::int32_t> ids, std::int64_t text_bytes) {
   const auto bytes_per_id = static_cast<std::size_t>(bytes_per_id_for(vocab_size_));
-  std::vector<std::byte> encoded(ids.size() * bytes_per_id);
+  encoded_.resize(ids.size() * bytes_per_id);
   for (std::size_t i = 0; i < ids.size(); ++i) {
     if (ids[i] < 0 || ids[i] >= vocab_size_)
       throw Error("token id " + std::to_string(ids[i]) + " is outside the vocabulary of " +
                   std::to_string(vocab_size_) + " tokens");
-    std::memcpy(&encoded[i * bytes_per_id], &ids[i],
+    std::memcpy(&encoded_[i * bytes_per_id], &ids[i],
                 bytes_per_id);  // little-endian: the low bytes come first
   }
-  payload_.update(encoded);
-  file_.write(encoded);
-  size_ += static_cast<std::int64_t>(ids.size());
-  text_bytes_ += text_bytes;
+  payload_.update(encoded_);
+  ids_.write(encoded_);
+  extent_.size += static_cast<std::int64_t>(ids.size());
+  extent_.text_bytes += text_bytes;
 }
 
 void TokenShardWriter::end_document() {
-  const auto end = static_cast<std::uint64_t>(size_);
-  if (end == (document_ends_.empty() ? 0 : document_ends_.back()))
+  if (extent_.size == last_end_)
     throw std::logic_error("TokenShardWriter::end_document: a document must hold an id");
-  document_ends_.push_back(end);
+  last_end_ = extent_.size;
+  ++extent_.documents;
+  ends_.write(std::as_bytes(std::span(&last_end_, 1)));
+}
+
+ShardExtent TokenShardWriter::save() {
+  ids_.save();
+  ends_.save();
+  return extent_;
+}
+
+void TokenShardWriter::discard() {
+  ids_.discard();
+  ends_.discard();
 }
 
 void TokenShardWriter::commit() {
-  if (!document_ends_.empty() && document_ends_.back() != static_cast<std::uint64_t>(size_))
+  if (extent_.documents > 0 && last_end_ != extent_.size)
     throw std::logic_error("TokenShardWriter::commit: the last document was not ended");
-  const std::span<const std::byte> ends = std::as_bytes(std::span(document_ends_));
-  payload_.update(ends);
-  file_.write(ends);
+  ends_.flush();
+  MappedFile(ends_path_).for_each_piece(0, [&](std::span<const std::byte> ends) {
+    payload_.update(ends);
+    ids_.write(ends);
+  });
   Header header{.magic = kMagic,
                 .version = kVersion,
                 .bytes_per_id = static_cast<std::uint32_t>(bytes_per_id_for(vocab_size_)),
                 .vocab_size = static_cast<std::uint64_t>(vocab_size_),
                 .fingerprint = fingerprint_,
-                .size = static_cast<std::uint64_t>(size_),
-                .text_bytes = static_cast<std::uint64_t>(text_bytes_),
-                .documents = document_ends_.size(),
+                .size = static_cast<std::uint64_t>(extent_.size),
+                .text_bytes = static_cast<std::uint64_t>(extent_.text_bytes),
+                .documents = static_cast<std::uint64_t>(extent_.documents),
                 .payload_checksum = payload_.digest(),
                 .header_checksum = 0};
   header.header_checksum = header_checksum(header);
-  file_.seek(0);
-  file_.write(std::as_bytes(std::span(&header, 1)));
-  file_.commit();
+  ids_.seek(0);
+  ids_.write(std::as_bytes(std::span(&header, 1)));
+  ids_.commit();
+  ends_.discard();  // they are in the shard now
 }
 
 }  // namespace flashlm

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Token ids in a file, mapped into memory. Our own format (docs/formats.md) names its tokenizer, knows where
-// documents end and carries checksums; the raw files of other programs (headerless uint16, .npy, llm.c's .bin)
-// are read as they are.
+// documents end and carries checksums; the raw files of other programs (headerless uint16, .npy, llm.c's
+// .bin) are read as they are.
 #pragma once
 
 #include <cstddef>
@@ -59,29 +59,45 @@ class TokenShard {
   std::int64_t document_count_ = 0;
 };
 
-/// Writes a shard as ids arrive; nothing is at `path` before commit().
+/// How much of a shard is written.
+struct ShardExtent {
+  std::int64_t size = 0;        // ids
+  std::int64_t text_bytes = 0;  // that they stand for
+  std::int64_t documents = 0;   // that were ended
+};
+
+/// Writes a shard as ids arrive; nothing is at `path` before commit(). Until then they are in `<path>.part`,
+/// the ends of documents in `<path>.part-ends`, so that another process can go on after save().
 class TokenShardWriter {
  public:
-  TokenShardWriter(const std::filesystem::path& path, std::int64_t vocab_size, std::uint64_t fingerprint);
+  /// Begins anew, or goes on behind what an earlier writer of the same shard had saved. Error: that is not
+  /// there.
+  TokenShardWriter(const std::filesystem::path& path, std::int64_t vocab_size, std::uint64_t fingerprint,
+                   const ShardExtent& saved = {});
 
   /// Appends ids that stand for `text_bytes` bytes of text. Error: an id outside the vocabulary.
   void append(std::span<const std::int32_t> ids, std::int64_t text_bytes);
   /// What was appended since the last call, at least one id, is a document. Without any call the shard's
   /// documents are unknown; else the last call must come after the last id.
   void end_document();
+  /// Makes durable what there is. From then on, and when begun behind something saved, the two working files
+  /// outlive a writer without commit(), until discard().
+  ShardExtent save();
+  void discard();
   void commit();
 
-  std::int64_t size() const { return size_; }
-  std::int64_t text_bytes() const { return text_bytes_; }
+  const ShardExtent& extent() const { return extent_; }
 
  private:
-  AtomicFile file_;
+  AtomicFile ids_;
+  AtomicFile ends_;
+  std::filesystem::path ends_path_;
   Checksum payload_;
   std::int64_t vocab_size_;
   std::uint64_t fingerprint_;
-  std::int64_t size_ = 0;
-  std::int64_t text_bytes_ = 0;
-  std::vector<std::uint64_t> document_ends_;
+  ShardExtent extent_;
+  std::int64_t last_end_ = 0;
+  std::vector<std::byte> encoded_;
 };
 
 }  // namespace flashlm

@@ -40,8 +40,8 @@ class FlashLMImpl : public torch::nn::Module {
   /// it moves on. A text fed in pieces of any size gives the hidden states of the whole.
   at::Tensor hidden(const at::Tensor& tokens, State* state = nullptr);
 
-  /// (loss to train on, plain nll in nats per token) of `targets` (B, T), both means; see
-  /// linear_cross_entropy. `positions`, if given, indexes the flattened B·T positions that count.
+  /// (loss to train on, plain nll in nats per token) of `targets` (B, T), both means; see Head::loss.
+  /// `positions`, if given, indexes the flattened B·T positions that count.
   std::tuple<at::Tensor, at::Tensor> loss(const at::Tensor& tokens, const at::Tensor& targets,
                                           const LossOptions& options = {}, const at::Tensor& positions = {});
 

@@ -8,14 +8,13 @@
 #include <numeric>
 
 #include "data/error.h"
+#include "data/sampler.h"
 #include "ops/ops.h"
 
 namespace flashlm {
 namespace {
 
 using TwoTensors = std::tuple<at::Tensor, at::Tensor>;
-
-constexpr int64_t kIgnoreIndex = -100;
 
 at::Tensor normal(at::IntArrayRef shape, double std) { return torch::randn(shape) * std; }
 
@@ -79,7 +78,7 @@ at::Tensor FullHead::logits(const at::Tensor& h) const { return torch::linear(h,
 
 TwoTensors FullHead::loss(const at::Tensor& h, const at::Tensor& target, const LossOptions& options) const {
   return linear_cross_entropy(h, weight, optional(bias), target, options.label_smoothing, options.z_loss,
-                              kIgnoreIndex, "mean", config_.head_precision);
+                              kIgnoredTarget, "mean", config_.head_precision);
 }
 
 void FullHead::initialize(const WordClasses&, const std::vector<int64_t>& counts) {
@@ -112,7 +111,7 @@ TwoTensors HierarchicalHead::loss(const at::Tensor& h, const at::Tensor& target,
                                   const LossOptions& options) const {
   return hierarchical_cross_entropy(h, class_weight, optional(class_bias), word_weight, optional(word_bias),
                                     class_words, class_offsets, target, options.label_smoothing,
-                                    options.z_loss, kIgnoreIndex, "mean", config_.head_precision);
+                                    options.z_loss, kIgnoredTarget, "mean", config_.head_precision);
 }
 
 int64_t HierarchicalHead::sample(const at::Tensor& h, const SamplingOptions& options,
@@ -165,9 +164,11 @@ at::Tensor AdaptiveHead::logits(const at::Tensor& h) const {
 
 TwoTensors AdaptiveHead::loss(const at::Tensor& h, const at::Tensor& target,
                               const LossOptions& options) const {
-  return adaptive_cross_entropy(h, weight, optional(bias), projections, tail_weights,
-                                word_rank.index_select(0, target), options.label_smoothing, options.z_loss,
-                                kIgnoreIndex, "mean", config_.head_precision);
+  const at::Tensor rank =
+      at::where(target == kIgnoredTarget, target, word_rank.index_select(0, target.clamp_min(0)));
+  return adaptive_cross_entropy(h, weight, optional(bias), projections, tail_weights, rank,
+                                options.label_smoothing, options.z_loss, kIgnoredTarget, "mean",
+                                config_.head_precision);
 }
 
 void AdaptiveHead::initialize(const WordClasses& classes, const std::vector<int64_t>& counts) {

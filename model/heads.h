@@ -30,8 +30,8 @@ class Head : public torch::nn::Module {
   /// h (..., D) -> (..., V), whose softmax is p(word | h). For heads other than the full one: log p.
   virtual at::Tensor logits(const at::Tensor& h) const = 0;
 
-  /// (loss to train on, plain nll in nats per token) of targets (N) given h (N, D), both means; see
-  /// linear_cross_entropy.
+  /// (loss to train on, plain nll in nats per token) of targets (N) given h (N, D), both means over the
+  /// targets that are not kIgnoredTarget (data/sampler.h); see linear_cross_entropy.
   virtual std::tuple<at::Tensor, at::Tensor> loss(const at::Tensor& h, const at::Tensor& target,
                                                   const LossOptions& options) const = 0;
 

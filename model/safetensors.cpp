@@ -18,8 +18,9 @@ struct DType {
   at::ScalarType type;
   const char* name;
 };
-constexpr DType kDTypes[] = {{at::kFloat, "F32"}, {at::kDouble, "F64"}, {at::kBFloat16, "BF16"},
-                             {at::kLong, "I64"},  {at::kInt, "I32"},    {at::kByte, "U8"}};
+constexpr DType kDTypes[] = {{at::kFloat, "F32"},     {at::kDouble, "F64"}, {at::kHalf, "F16"},
+                             {at::kBFloat16, "BF16"}, {at::kLong, "I64"},   {at::kInt, "I32"},
+                             {at::kByte, "U8"}};
 
 const char* dtype_name(at::ScalarType type) {
   for (const auto& d : kDTypes) {
@@ -32,7 +33,7 @@ at::ScalarType dtype_of(const std::string& name) {
   for (const auto& d : kDTypes) {
     if (name == d.name) return d.type;
   }
-  throw Error("dtype " + name + " is not one of F32, F64, BF16, I64, I32, U8");
+  throw Error("dtype " + name + " is not one of F32, F64, F16, BF16, I64, I32, U8");
 }
 
 std::string hex(uint64_t value) {
@@ -45,12 +46,14 @@ std::span<const std::byte> bytes_of(const at::Tensor& t) {
   return {static_cast<const std::byte*>(t.const_data_ptr()), t.nbytes()};
 }
 
-/// The tensors of an already checked header, copied out of `data`.
-std::map<std::string, at::Tensor> read_tensors(const nlohmann::json& header,
-                                               std::span<const std::byte> data) {
+using Wanted = std::function<bool(const std::string&)>;
+
+/// The wanted tensors of an already checked header, copied out of `data`.
+std::map<std::string, at::Tensor> read_tensors(const nlohmann::json& header, std::span<const std::byte> data,
+                                               const Wanted& wanted) {
   std::map<std::string, at::Tensor> tensors;
   for (const auto& [name, entry] : header.items()) {
-    if (name == "__metadata__") continue;
+    if (name == "__metadata__" || (wanted && !wanted(name))) continue;
     const auto shape = entry.at("shape").get<std::vector<int64_t>>();
     const auto range = entry.at("data_offsets").get<std::vector<uint64_t>>();
     // A damaged header may ask for any size: bound it by the file before anything is allocated.
@@ -72,7 +75,7 @@ std::map<std::string, at::Tensor> read_tensors(const nlohmann::json& header,
   return tensors;
 }
 
-SafeTensors parse(std::span<const std::byte> file) {
+SafeTensors parse(std::span<const std::byte> file, const Wanted& wanted) {
   uint64_t header_size = 0;
   if (file.size() < sizeof header_size) throw Error("it ends inside the header");
   std::memcpy(&header_size, file.data(), sizeof header_size);
@@ -93,7 +96,7 @@ SafeTensors parse(std::span<const std::byte> file) {
   const auto sum = out.metadata.find("xxh3");
   if (sum != out.metadata.end() && sum->second != hex(checksum(data)))
     throw Error("its checksum does not match");
-  out.tensors = read_tensors(header, data);
+  out.tensors = read_tensors(header, data, wanted);
   return out;
 }
 
@@ -126,10 +129,10 @@ void save_safetensors(const std::filesystem::path& path, const std::map<std::str
   file.commit();
 }
 
-SafeTensors load_safetensors(const std::filesystem::path& path) {
+SafeTensors load_safetensors(const std::filesystem::path& path, const Wanted& wanted) {
   const MappedFile file(path);
   try {
-    return parse(file.bytes());
+    return parse(file.bytes(), wanted);
   } catch (const std::exception& error) {
     throw Error(path.string() + " is damaged or not a safetensors file: " + error.what() +
                 "; use another copy or an earlier checkpoint");

@@ -7,6 +7,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <filesystem>
+#include <functional>
 #include <map>
 #include <string>
 
@@ -18,12 +19,15 @@ struct SafeTensors {
 };
 
 /// Writes to a temporary name, flushes, renames. Adds metadata "xxh3": the XXH3 checksum of all values, in
-/// hex. dtypes: float32, float64, bfloat16, int64, int32, uint8. Throws Error if the disk does not take it.
+/// hex. dtypes: float32, float64, float16, bfloat16, int64, int32, uint8. Throws Error if the disk does not
+/// take it.
 void save_safetensors(const std::filesystem::path& path, const std::map<std::string, at::Tensor>& tensors,
                       std::map<std::string, std::string> metadata = {});
 
-/// Reads a whole file, whoever wrote it; the checksum is held against the values where there is one. Throws
-/// Error in one line for a missing, truncated or damaged file.
-SafeTensors load_safetensors(const std::filesystem::path& path);
+/// Reads a file, whoever wrote it; the checksum is held against the values where there is one. With `wanted`,
+/// only the tensors whose names it accepts: the others may be of any dtype, and take no memory. Throws Error
+/// in one line for a missing, truncated or damaged file.
+SafeTensors load_safetensors(const std::filesystem::path& path,
+                             const std::function<bool(const std::string&)>& wanted = {});
 
 }  // namespace flashlm

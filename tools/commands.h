@@ -9,6 +9,9 @@ namespace flashlm {
 
 void add_classes(CLI::App& flashlm);
 void add_convert_head(CLI::App& flashlm);
+void add_decode(CLI::App& flashlm);
+void add_embeddings(CLI::App& flashlm);
+void add_encode(CLI::App& flashlm);
 void add_evaluate(CLI::App& flashlm);
 void add_export(CLI::App& flashlm);
 void add_generate(CLI::App& flashlm);

@@ -37,7 +37,7 @@ void run_evaluate(const Options& options) {
   Evaluation result;
   if (options.data.empty()) {
     const TokenShard shard = TokenShard::open_raw(options.tokens, vocab_size);
-    result = evaluate(model, shard, options.seq_len, options.max_tokens, {});
+    result = evaluate(model, {{shard}}, options.seq_len, options.max_tokens, {});
   } else {
     const Dataset dataset = Dataset::open(options.data);
     if (dataset.val.vocab_size() != vocab_size) {
@@ -45,8 +45,8 @@ void run_evaluate(const Options& options) {
                   ", got " + std::to_string(dataset.val.vocab_size()) +
                   "; prepare it with the run's tokenizer.model");
     }
-    result =
-        evaluate(model, dataset.val, options.seq_len, options.max_tokens, token_bytes(*dataset.tokenizer));
+    result = evaluate(model, {{dataset.val}}, options.seq_len, options.max_tokens,
+                      token_bytes(*dataset.tokenizer));
   }
   const double perplexity = std::exp(result.nats_per_token);
   if (options.json) {

@@ -11,7 +11,10 @@ int main(int argc, char** argv) {
   CLI::App app("FlashLM: language models with ternary weights, trained on CPUs.", "flashlm");
   app.require_subcommand(1);
   flashlm::add_prepare(app);
+  flashlm::add_encode(app);
+  flashlm::add_decode(app);
   flashlm::add_classes(app);
+  flashlm::add_embeddings(app);
   flashlm::add_convert_head(app);
   flashlm::add_generate(app);
   flashlm::add_evaluate(app);

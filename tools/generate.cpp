@@ -8,8 +8,8 @@
 #include <iterator>
 
 #include "data/error.h"
-#include "data/tokenizer.h"
 #include "tools/commands.h"
+#include "tools/open_tokenizer.h"
 #include "train/checkpoint.h"
 #include "train/run_folder.h"
 
@@ -29,7 +29,7 @@ void run_generate(Options options) {
   if (options.prompt == "-") options.prompt.assign(std::istreambuf_iterator<char>(std::cin), {});
   FlashLM model = load_any_model(RunFolder::weights(options.run));
   if (options.tokenizer.empty()) options.tokenizer = RunFolder(options.run).tokenizer();
-  const auto tokenizer = Tokenizer::load(options.tokenizer);
+  const auto tokenizer = open_tokenizer(options.tokenizer);
   if (tokenizer->vocab_size() != model->config().vocab_size) {
     throw Error(options.tokenizer + " must have the model's " + std::to_string(model->config().vocab_size) +
                 " entries, got " + std::to_string(tokenizer->vocab_size()));
@@ -62,7 +62,8 @@ void add_generate(CLI::App& flashlm) {
       ->capture_default_str();
   app->add_option("--seed", options->sampling.seed, "the same seed writes the same text")
       ->capture_default_str();
-  app->add_option("--tokenizer", options->tokenizer, "tokenizer file; default: the run's own");
+  app->add_option("--tokenizer", options->tokenizer,
+                  "gpt2:FOLDER, a tokenizer file, or a folder with one; default: the run's own");
   app->callback([options] { run_generate(*options); });
 }
 

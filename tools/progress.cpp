@@ -23,12 +23,18 @@ void begin_progress() { std::signal(SIGINT, on_interrupt); }
 
 void end_progress() {
   std::signal(SIGINT, SIG_DFL);
-  if (isatty(STDOUT_FILENO)) std::printf("\r\x1b[K");
+  if (progress_is_live()) std::printf("\r\x1b[K");
 }
 
-void show_progress(std::string_view stage, double fraction) {
+void stop_if_interrupted() {
   if (interrupted) throw CLI::RuntimeError(130);
-  if (!isatty(STDOUT_FILENO)) return;
+}
+
+bool progress_is_live() { return isatty(STDOUT_FILENO) != 0; }
+
+void show_progress(std::string_view stage, double fraction) {
+  stop_if_interrupted();
+  if (!progress_is_live()) return;
   std::printf("\r\x1b[K%.*s %.0f %%", static_cast<int>(stage.size()), stage.data(), 100 * fraction);
   std::fflush(stdout);
 }

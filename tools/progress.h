@@ -11,6 +11,11 @@ namespace flashlm {
 void begin_progress();
 void end_progress();
 
+/// Throws CLI::RuntimeError(130) after Ctrl-C.
+void stop_if_interrupted();
+/// Whether stdout is a terminal, where a line can take the place of the one before.
+bool progress_is_live();
+
 /// "stage 42 %" in the place of what was shown before, if stdout is a terminal. Throws CLI::RuntimeError(130)
 /// after Ctrl-C.
 void show_progress(std::string_view stage, double fraction);

@@ -6,7 +6,7 @@
 #include <filesystem>
 #include <string>
 
-#include "data/sampler.h"
+#include "data/prefetcher.h"
 #include "model/flash_lm.h"
 #include "train/ema.h"
 #include "train/optimizers.h"
@@ -26,7 +26,7 @@ struct Checkpointed {
   FlashLM& model;
   Optimizers& optimizers;
   Ema* ema;  // may be null
-  BatchSampler& sampler;
+  Prefetcher& sampler;
   at::Generator& generator;  // draws the trained positions
   Progressed& progressed;
 };

@@ -10,6 +10,7 @@
 #include <sstream>
 
 #include "data/error.h"
+#include "data/sampler.h"
 #include "train/run_folder.h"
 #include "train/schedule.h"
 
@@ -65,6 +66,9 @@ void TrainConfig::validate() const {
         "N");
   }
   require(val_fraction > 0 && val_fraction < 1, "val-fraction must be in (0, 1)", val_fraction);
+  windows_named(windows);
+  require(freeze_embedding >= 0 && freeze_embedding < 1, "freeze-embedding must be in [0, 1)",
+          freeze_embedding);
   require(steps >= 0, "steps must be >= 0", steps);
   require(std::isfinite(max_minutes) && max_minutes >= 0, "max-minutes must be >= 0", max_minutes);
   require(batch_size >= 1, "batch-size must be at least 1", batch_size);

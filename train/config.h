@@ -16,7 +16,9 @@ namespace flashlm {
 struct TrainConfig {
   std::string data, tokens, val_tokens;
   double val_fraction = 0.05;
-  std::string class_file, init;
+  std::string windows = "random";
+  std::string class_file, init, init_embedding;
+  double freeze_embedding = 0.1;
   std::string out;
 
   int64_t steps = 0;
@@ -51,16 +53,24 @@ struct TrainConfig {
   template <class Visitor>
   void visit(Visitor&& visitor) {
     visitor.group("Data");
-    visitor("data", data, "folder that `flashlm prepare` made");
-    visitor("tokens", tokens,
-            "instead of --data: a raw token file (uint16 .bin or .npy); needs --vocab-size");
+    visitor("data", data,
+            "folder that `flashlm prepare` made; several: DIR,DIR=WEIGHT (share of the batches' rows; 1)");
+    visitor(
+        "tokens", tokens,
+        "instead of --data: a raw token file (uint16 .bin or .npy), or several likewise; needs --vocab-size");
     visitor("val-tokens", val_tokens,
             "validation token file for --tokens; default: the last --val-fraction of it");
     visitor("val-fraction", val_fraction, "share of --tokens held out when there is no --val-tokens");
+    visitor("windows", windows,
+            "what a row of a batch is: 'random', any place; 'shuffled', epochs of all places; 'documents', "
+            "epochs of places that cross no document's end");
     visitor(
         "class-file", class_file,
         "word classes of the head, made by `flashlm classes`; default: by frequency in the training tokens");
     visitor("init", init, "run folder or .safetensors file whose weights to start from");
+    visitor("init-embedding", init_embedding, "embedding to start from, made by `flashlm embeddings`");
+    visitor("freeze-embedding", freeze_embedding,
+            "with --init-embedding: share of the run in which the embedding is not trained, as in v3");
     visitor("out", out, "run folder; default: runs/<name of the config file>");
     visitor.group("Length and batches");
     visitor("steps", steps, "optimizer steps; 0: until --max-minutes, or 10000 without one");
@@ -98,7 +108,8 @@ struct TrainConfig {
     visitor.group("Reports (every: '50' is steps, '30s' seconds of training, '0' never)");
     visitor("log-every", log_every, "a line in metrics.jsonl");
     visitor("eval-every", eval_every, "validation loss");
-    visitor("eval-tokens", eval_tokens, "validation tokens used, from the first on");
+    visitor("eval-tokens", eval_tokens,
+            "validation tokens used, from the first on; of several sources in proportion to their weights");
     visitor("eval-seq-len", eval_seq_len, "length of the windows they are cut into");
     visitor("sample-every", sample_every, "a sample of text (needs a tokenizer)");
     visitor("sample-prompt", sample_prompt, "its beginning");

@@ -11,6 +11,7 @@
 
 #include "data/error.h"
 #include "data/text.h"
+#include "model/embeddings.h"
 #include "ops/kernels/kernels.h"
 #include "train/loss_plot.h"
 
@@ -18,11 +19,11 @@ namespace flashlm {
 
 namespace {
 
-Dataset open_data(const TrainConfig& config) {
-  if (!config.data.empty()) return Dataset::open(config.data);
+DataMix open_data(const TrainConfig& config) {
+  if (!config.data.empty()) return DataMix::open(config.data);
   std::optional<std::filesystem::path> val;
   if (!config.val_tokens.empty()) val = config.val_tokens;
-  return Dataset::open_raw(config.tokens, config.model.vocab_size, val, config.val_fraction);
+  return DataMix::open_raw(config.tokens, config.model.vocab_size, val, config.val_fraction);
 }
 
 NamedParameters named_parameters(const FlashLM& model) {
@@ -48,6 +49,28 @@ double peak_memory_mb() {
   return static_cast<double>(usage.ru_maxrss) / 1024;
 }
 
+int64_t token_count(const std::vector<TokenSource>& sources) {
+  int64_t count = 0;
+  for (const TokenSource& source : sources) count += source.tokens.size();
+  return count;
+}
+
+/// A line, and one for each source if there are several.
+std::string describe(const DataMix& data) {
+  std::ostringstream text;
+  text << "data      " << with_commas(token_count(data.train)) << " training tokens, "
+       << with_commas(token_count(data.val)) << " held out\n";
+  if (data.train.size() == 1) return text.str();
+  double weights = 0;
+  for (const TokenSource& source : data.train) weights += source.weight;
+  text.precision(3);
+  for (const TokenSource& source : data.train) {
+    text << "          " << 100 * source.weight / weights << "% of the rows from " << source.name << ", "
+         << with_commas(source.tokens.size()) << " tokens\n";
+  }
+  return text.str();
+}
+
 std::string describe(const Evaluation& evaluation) {
   std::ostringstream text;
   text.precision(4);
@@ -61,7 +84,7 @@ std::string describe(const Evaluation& evaluation) {
 Trainer::Trainer(const CommandLine& line)
     : config_(line.config),
       run_(line.config.out),
-      dataset_(open_data(line.config)),
+      data_(open_data(line.config)),
       curriculum_(parse_curriculum(line.config.curriculum)),
       log_every_("log-every", line.config.log_every),
       eval_every_("eval-every", line.config.eval_every),
@@ -75,9 +98,9 @@ Trainer::Trainer(const CommandLine& line)
     throw Error("there is no checkpoint in " + run_.checkpoints().string() +
                 " to resume from; leave out --resume");
   }
-  if (dataset_.tokenizer) {
-    config_.model.vocab_size = dataset_.tokenizer->vocab_size();
-    token_bytes_ = token_bytes(*dataset_.tokenizer);
+  if (data_.tokenizer) {
+    config_.model.vocab_size = data_.tokenizer->vocab_size();
+    token_bytes_ = token_bytes(*data_.tokenizer);
   }
   if (config_.threads > 0) at::set_num_threads(static_cast<int>(config_.threads));
   std::filesystem::path start;
@@ -87,11 +110,13 @@ Trainer::Trainer(const CommandLine& line)
     start = RunFolder::weights(config_.init);
   }
   build_model(start, line.resume);
+  if (!line.resume && !config_.init_embedding.empty()) init_embedding(model_, config_.init_embedding);
   const NamedParameters parameters = named_parameters(model_);
   optimizers_ = std::make_unique<Optimizers>(parameters, config_.optimizer);
   if (line.profile) profile_ = std::make_unique<Profile>();
   if (config_.ema_decay > 0) ema_ = std::make_unique<Ema>(parameters, config_.ema_decay);
-  sampler_ = std::make_unique<BatchSampler>(dataset_.train, static_cast<uint64_t>(config_.seed));
+  sampler_ = std::make_unique<Prefetcher>(
+      BatchSampler(data_.train, windows_named(config_.windows), static_cast<uint64_t>(config_.seed)));
   generator_ = at::make_generator<at::CPUGeneratorImpl>(static_cast<uint64_t>(config_.seed));
   if (line.resume) {
     load_checkpoint(checkpoints.back(), checkpointed());
@@ -100,7 +125,7 @@ Trainer::Trainer(const CommandLine& line)
 
   std::filesystem::create_directories(run_.checkpoints());
   write_file(run_.config(), line.toml);
-  if (dataset_.tokenizer) write_file(run_.tokenizer(), dataset_.tokenizer->serialized());
+  if (data_.tokenizer) write_file(run_.tokenizer(), data_.tokenizer->serialized());
   metrics_ = std::make_unique<MetricsLog>(run_.metrics(), line.resume ? done_.step : -1);
   print_header();
 }
@@ -119,7 +144,7 @@ void Trainer::build_model(const std::filesystem::path& start, bool resume) {
     if (!resume) load_weights(model_, from->named_weights(), start.string());
     return;
   }
-  const std::vector<int64_t> counts = word_counts(dataset_.train);
+  const std::vector<int64_t> counts = word_counts(data_.train);
   const WordClasses classes =
       config_.class_file.empty() ? default_classes(config, counts) : WordClasses::load(config_.class_file);
   if (config.classes == 0 && config.head == "hierarchical") config.classes = classes.count();
@@ -134,13 +159,22 @@ void Trainer::print_header() const {
   text << "model     " << with_commas(count) << " parameters (" << std::fixed
        << static_cast<double>(count) * 1e-6 << "M), vocabulary " << with_commas(config_.model.vocab_size)
        << "\n"
-       << "data      " << with_commas(dataset_.train.size()) << " training tokens, "
-       << with_commas(dataset_.val.size()) << " held out\n"
-       << "machine   " << at::get_num_threads() << " threads, " << kernels::isa() << " kernels\n"
+       << describe(data_) << "machine   " << at::get_num_threads() << " threads, " << kernels::isa()
+       << " kernels\n"
        << optimizers_->summary();
+  if (!config_.init_embedding.empty()) {
+    text << "embedding from " << config_.init_embedding << ", not trained in the first " << std::defaultfloat
+         << 100 * config_.freeze_embedding << " % of the run\n";
+  }
   if (done_.step > 0) text << "resuming  from step " << done_.step << "\n";
   text << "run       " << config_.out << "; Ctrl-C saves and stops, --resume continues";
   std::printf("%s\n", text.str().c_str());
+}
+
+/// A frozen embedding, and with it a tied head, gets no gradient: AdamW then leaves it out, decay included,
+/// and its moments begin when it thaws.
+bool Trainer::embedding_frozen(double fraction) const {
+  return !config_.init_embedding.empty() && fraction < config_.freeze_embedding;
 }
 
 double Trainer::progress() const {
@@ -173,6 +207,27 @@ bool Trainer::run(const volatile std::sig_atomic_t& stop) {
   return true;
 }
 
+/// `chosen` are the positions to train, undefined for all; `count` is the number of targets, trained or not.
+Trainer::Batch Trainer::next_batch(int64_t rows, int64_t seq_len) {
+  const auto positions = static_cast<size_t>(rows * seq_len);
+  Batch batch;
+  batch.inputs = torch::empty({rows, seq_len}, at::kLong);
+  batch.targets = torch::empty_like(batch.inputs);
+  batch.count = sampler_->next(rows, seq_len, {batch.inputs.mutable_data_ptr<int64_t>(), positions},
+                               {batch.targets.mutable_data_ptr<int64_t>(), positions});
+  sampler_->prefetch(rows, seq_len);
+  const auto trained = static_cast<int64_t>(config_.position_fraction * static_cast<double>(batch.count));
+  if (trained < batch.count) {
+    batch.chosen =
+        torch::randperm(batch.count, generator_, at::kLong).slice(0, 0, std::max<int64_t>(1, trained));
+    if (batch.count < rows * seq_len) {
+      batch.chosen =
+          batch.targets.flatten().ne(kIgnoredTarget).nonzero().flatten().index_select(0, batch.chosen);
+    }
+  }
+  return batch;
+}
+
 void Trainer::train_step() {
   const Profile::Step profiled(profile_.get());
   const auto start = std::chrono::steady_clock::now();
@@ -185,22 +240,18 @@ void Trainer::train_step() {
   const Phase& phase = phase_at(curriculum_, fraction);
   lr_scale_ = wsd(fraction, next.step, config_.warmup_steps, config_.decay_start);
   optimizers_->set_lr_scale(lr_scale_);
+  model_->embedding.set_requires_grad(!embedding_frozen(fraction));
   {
     const Profile::Timer timer(profile_.get(), "zero_grad");
     optimizers_->zero_grad();
   }
 
-  const int64_t batch = config_.batch_size, seq_len = phase.seq_len, positions = batch * seq_len;
-  const int64_t trained =
-      std::max<int64_t>(1, static_cast<int64_t>(config_.position_fraction * static_cast<double>(positions)));
+  const int64_t batch = config_.batch_size, seq_len = phase.seq_len;
   double nll_mean = 0;
   for (int64_t i = 0; i < phase.grad_accum; ++i) {
-    at::Tensor inputs = torch::empty({batch, seq_len}, at::kLong), targets = torch::empty_like(inputs),
-               chosen;
     std::optional<Profile::Timer> timer(std::in_place, profile_.get(), "data");
-    sampler_->next(batch, seq_len, {inputs.mutable_data_ptr<int64_t>(), static_cast<size_t>(positions)},
-                   {targets.mutable_data_ptr<int64_t>(), static_cast<size_t>(positions)});
-    if (trained < positions) chosen = torch::randperm(positions, generator_, at::kLong).slice(0, 0, trained);
+    const auto [inputs, targets, chosen, count] = next_batch(batch, seq_len);
+    next.tokens += count;
     timer.reset();
     at::Tensor loss, nll;
     try {
@@ -231,14 +282,13 @@ void Trainer::train_step() {
   }
 
   const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
-  const double tokens = static_cast<double>(positions * phase.grad_accum);
+  const double tokens = static_cast<double>(next.tokens - done_.tokens);
   // Smoothed for the eye only: about the last ten steps.
   const auto smooth = [&](double& value, double now) {
     value = done_.step == 0 ? now : 0.9 * value + 0.1 * now;
   };
   smooth(loss_, nll_mean);
   smooth(tokens_per_s_, tokens / seconds.count());
-  next.tokens += positions * phase.grad_accum;
   next.train_seconds += seconds.count();
   next.nll_sum += nll_mean;
   ++next.nll_steps;
@@ -276,7 +326,7 @@ void Trainer::report(const Progressed& before) {
 }
 
 Evaluation Trainer::held_out() {
-  return evaluate(model_, dataset_.val, config_.eval_seq_len, config_.eval_tokens, token_bytes_);
+  return evaluate(model_, data_.val, config_.eval_seq_len, config_.eval_tokens, token_bytes_);
 }
 
 void Trainer::evaluate_now() {
@@ -306,14 +356,15 @@ void Trainer::write_metrics(const std::optional<Evaluation>& evaluation) {
 }
 
 void Trainer::sample_now() {
-  if (!dataset_.tokenizer || config_.sample_tokens == 0) return;
-  const Tokenizer& tokenizer = *dataset_.tokenizer;
+  if (!data_.tokenizer || config_.sample_tokens == 0) return;
+  const Tokenizer& tokenizer = *data_.tokenizer;
   std::vector<int32_t> prompt = tokenizer.encode(config_.sample_prompt);
   if (prompt.empty()) prompt = {tokenizer.end_of_text()};
   SamplingOptions options;
   options.seed = static_cast<uint64_t>(config_.seed);
-  const auto tokens = generate(model_, prompt, config_.sample_tokens, tokenizer.end_of_text(), options);
-  const std::string text = valid_utf8(config_.sample_prompt + tokenizer.decode(tokens));
+  auto tokens = generate(model_, prompt, config_.sample_tokens, tokenizer.end_of_text(), options);
+  tokens.insert(tokens.begin(), prompt.begin(), prompt.end());
+  const std::string text = valid_utf8(tokenizer.decode(tokens));
   std::ofstream(run_.samples(), std::ios::app) << "step " << done_.step << ": " << text << "\n\n";
   progress_line_.message("step " + std::to_string(done_.step) + " writes: " + text);
 }

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "data/dataset.h"
+#include "data/prefetcher.h"
 #include "model/generate.h"
 #include "train/checkpoint.h"
 #include "train/config.h"
@@ -33,6 +34,12 @@ class Trainer {
  private:
   double progress() const;
   void build_model(const std::filesystem::path& start, bool resume);
+  struct Batch {
+    at::Tensor inputs, targets, chosen;
+    int64_t count;
+  };
+  Batch next_batch(int64_t rows, int64_t seq_len);
+  bool embedding_frozen(double fraction) const;
   void train_step();
   void report(const Progressed& before);
   Evaluation held_out();
@@ -49,14 +56,14 @@ class Trainer {
 
   TrainConfig config_;
   RunFolder run_;
-  Dataset dataset_;
+  DataMix data_;
   std::vector<int32_t> token_bytes_;  // empty without a tokenizer
   std::vector<Phase> curriculum_;
   Interval log_every_, eval_every_, sample_every_, checkpoint_every_;
   FlashLM model_{nullptr};
   std::unique_ptr<Optimizers> optimizers_;
   std::unique_ptr<Ema> ema_;
-  std::unique_ptr<BatchSampler> sampler_;
+  std::unique_ptr<Prefetcher> sampler_;
   at::Generator generator_;
   std::unique_ptr<MetricsLog> metrics_;
   ProgressLine progress_line_;

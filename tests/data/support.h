@@ -9,11 +9,14 @@
 
 #include <filesystem>
 #include <fstream>
+#include <numeric>
 #include <random>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "data/error.h"
+#include "data/token_shard.h"
 
 namespace flashlm {
 
@@ -35,8 +38,10 @@ class Scratch {
   std::filesystem::path path_;
 };
 
-/// write_file() without its fsyncs, which hundreds of small files would wait for.
+/// write_file() without its fsyncs, which hundreds of small files would wait for. An old file goes first:
+/// ext4 flushes one that is truncated and written again.
 inline void put_file(const std::filesystem::path& path, std::string_view content) {
+  std::filesystem::remove(path);
   std::ofstream(path, std::ios::binary).write(content.data(), static_cast<std::streamsize>(content.size()));
 }
 
@@ -88,5 +93,24 @@ class FileSizeLimit {
   sighandler_t handler_;
   rlimit before_;
 };
+
+/// A shard of ids that tell their own position: the i-th is first + i. Documents, if lengths are given, of
+/// these.
+inline TokenShard counting(const Scratch& scratch, int count, int first = 0,
+                           const std::vector<int>& documents = {}) {
+  const auto path = scratch / ("counting-" + std::to_string(first) + "-" + std::to_string(count));
+  TokenShardWriter writer(path, 100000, 0);
+  std::vector<std::int32_t> ids(static_cast<std::size_t>(count));
+  std::iota(ids.begin(), ids.end(), first);
+  std::span<const std::int32_t> left = ids;
+  for (const int length : documents) {
+    writer.append(left.first(static_cast<std::size_t>(length)), 0);
+    writer.end_document();
+    left = left.subspan(static_cast<std::size_t>(length));
+  }
+  writer.append(left, 0);
+  writer.commit();
+  return TokenShard::open(path);
+}
 
 }  // namespace flashlm

@@ -66,6 +66,26 @@ TEST_CASE("chunks make up the text and end between words or characters", "[text]
   CHECK(take_chunk(rest, 5) == "one two");
   CHECK(take_chunk(rest, 5) == "  three");
   CHECK(rest.empty());
+  const auto first = [](std::string_view text, std::size_t size) {
+    return std::string(take_chunk(text, size));
+  };
+  // Not before a space that follows white space of any kind.
+  CHECK(first("one\n two three", 4) == "one\n two");
+  const auto cut = [](std::uint32_t c) {  // what is left of a text with that character before a space
+    const std::string text = std::string("a").append(utf8(c)).append(" bcd efg");
+    std::string_view left = text;
+    take_chunk(left, utf8(c).size() + 1);
+    return std::string(left);
+  };
+  for (const std::uint32_t space :
+       {0x9, 0xD, 0x85, 0xA0, 0x1680, 0x2000, 0x2005, 0x200A, 0x2028, 0x2029, 0x202F, 0x205F, 0x3000})
+    CHECK(cut(space) != " bcd efg");
+  for (const std::uint32_t other : {0xE9, 0x84, 0x200B, 0x2027, 0x3001, 0x10000})
+    CHECK(cut(other) == " bcd efg");
+  // Without such a space, before other white space that follows none.
+  CHECK(first("abcdef\tgh\nij", 4) == "abcdef");
+  CHECK(first("abcdef\n\ngh", 4) == "abcdef");
+  CHECK(first("\n\n\n\n\n\n\n\n\n", 4) == "\n\n\n\n\n\n\n\n");
 }
 
 TEST_CASE("bytes that are not UTF-8 are shown as U+FFFD, the rest as it is", "[text]") {

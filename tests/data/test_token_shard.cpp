@@ -8,6 +8,7 @@
 
 using Catch::Contains;
 using namespace flashlm;
+namespace fs = std::filesystem;
 
 namespace {
 
@@ -184,6 +185,58 @@ TEST_CASE("documents are all ended, or none is", "[token_shard]") {
   CHECK_THROWS_AS(writer.end_document(), std::logic_error);
   writer.append(std::vector<std::int32_t>{2}, 1);
   CHECK_THROWS_AS(writer.commit(), std::logic_error);
+}
+
+TEST_CASE("a shard goes on where another writer had saved it", "[token_shard]") {
+  const Scratch scratch;
+  const std::vector<std::int32_t> ids = {5, 299, 0, 7, 7, 1, 2, 3};
+  // Documents end behind the third and the last id. `at` ids are saved; more may be written, and is lost.
+  const auto write = [&](TokenShardWriter& writer, std::size_t from, std::size_t to) {
+    for (std::size_t i = from; i < to; ++i) {
+      writer.append({&ids[i], 1}, 2);
+      if (i == 2 || i == 7) writer.end_document();
+    }
+  };
+  for (const std::int64_t vocab_size : {300, 70'000}) {
+    TokenShardWriter unbroken(scratch / "unbroken", vocab_size, 9);
+    write(unbroken, 0, ids.size());
+    unbroken.commit();
+    for (std::size_t at = 0; at <= ids.size(); ++at)
+      for (std::size_t lost = 0; at + lost <= ids.size(); ++lost) {
+        ShardExtent saved;
+        {
+          TokenShardWriter writer(scratch / "s", vocab_size, 9);
+          write(writer, 0, at);
+          saved = writer.save();
+          write(writer, at, at + lost);
+        }
+        CHECK(saved.size == static_cast<std::int64_t>(at));
+        CHECK_FALSE(fs::exists(scratch / "s"));
+        { TokenShardWriter looked_at(scratch / "s", vocab_size, 9, saved); }  // and left
+        if (at == 0) saved = {};
+        TokenShardWriter writer(scratch / "s", vocab_size, 9, saved);
+        write(writer, at, ids.size());
+        writer.commit();
+        CHECK(read_file(scratch / "s") == read_file(scratch / "unbroken"));
+        fs::remove(scratch / "s");
+      }
+  }
+  CHECK(std::distance(fs::directory_iterator(scratch.path()), {}) == 1);
+}
+
+TEST_CASE("a saved shard that is not there, or to be discarded", "[token_shard]") {
+  const Scratch scratch;
+  const ShardExtent saved{.size = 2, .text_bytes = 5, .documents = 1};
+  CHECK_THAT(error_of([&] { TokenShardWriter(scratch / "s", 10, 0, saved); }),
+             Contains("s.part has 0 bytes"));
+  {
+    TokenShardWriter writer(scratch / "s", 10, 0);
+    writer.append(std::vector<std::int32_t>{1, 2}, 5);
+    writer.end_document();
+    writer.save();
+    writer.discard();
+  }
+  CHECK(is_empty(scratch.path()));
 }
 
 TEST_CASE("raw token files of other programs", "[token_shard]") {

@@ -7,6 +7,7 @@
 #include <map>
 
 #include "data/error.h"
+#include "data/sampler.h"
 #include "model/convert_head.h"
 #include "model/generate.h"
 #include "model/torchscript.h"
@@ -69,6 +70,14 @@ FlashLM any_model() {
   return make(config_with(head, bias, tied));
 }
 
+/// One ahead of the inputs; some, or none, are kIgnoredTarget, which torch ignores as well.
+at::Tensor targets_of(const at::Tensor& ids) {
+  const bool some_ignored = GENERATE(false, true);
+  at::Tensor targets = ids.slice(1, 1).clone();
+  if (some_ignored) targets.slice(1, 0, -1, 3).fill_(kIgnoredTarget);
+  return targets;
+}
+
 struct TemporaryFolder {
   std::filesystem::path path =
       std::filesystem::temp_directory_path() / ("flashlm_heads_" + std::to_string(getpid()));
@@ -81,7 +90,7 @@ struct TemporaryFolder {
 TEST_CASE("the loss is the cross-entropy of the logits, whose probabilities sum to 1", "[heads]") {
   FlashLM model = any_model();
   torch::NoGradGuard no_grad;
-  const at::Tensor ids = tokens(2, 24), inputs = ids.slice(1, 0, 23), targets = ids.slice(1, 1);
+  const at::Tensor ids = tokens(2, 24), inputs = ids.slice(1, 0, 23), targets = targets_of(ids);
   const at::Tensor logits = model(inputs).to(at::kDouble);
   if (model->config().head != "full") {
     require_close(logits.exp().sum(-1), torch::ones({2, 23}, at::kDouble), 1e-5);
@@ -94,7 +103,7 @@ TEST_CASE("the loss is the cross-entropy of the logits, whose probabilities sum 
 
 TEST_CASE("every parameter has the gradient of that cross-entropy", "[heads]") {
   FlashLM model = any_model();
-  const at::Tensor ids = tokens(2, 24), inputs = ids.slice(1, 0, 23), targets = ids.slice(1, 1);
+  const at::Tensor ids = tokens(2, 24), inputs = ids.slice(1, 0, 23), targets = targets_of(ids);
   const auto gradients = [&](const at::Tensor& loss) {
     model->zero_grad();
     loss.backward();

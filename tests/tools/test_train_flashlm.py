@@ -84,6 +84,68 @@ def test_resume_continues_bit_for_bit(how, code, unbroken, dataset, tiny_config,
     assert (out / "model.safetensors").read_bytes() == (unbroken / "model.safetensors").read_bytes()
 
 
+@pytest.fixture(scope="module")
+def short_documents(dataset, tmp_path_factory):
+    """Prepared with the tokenizer of `dataset`: thirty texts of very unequal length, some shorter than a window."""
+    folder = tmp_path_factory.mktemp("short")
+    for number in range(30):
+        (folder / f"{number:02}.txt").write_text("the river must protect peace and trade. " * (1 + number % 7))
+    out = folder / "data"
+    succeed("flashlm", "prepare", folder, "--out", out, "--tokenizer", dataset / "tokenizer.model",
+            "--val-fraction", "0.2")
+    return out
+
+
+@pytest.mark.parametrize("windows", ["random", "shuffled", "documents"])
+def test_several_sources_train_and_resume_with_every_kind_of_window(windows, dataset, short_documents, tiny_config,
+                                                                    tmp_path):
+    args = ("--config", tiny_config, "--data", f"{dataset}=3,{short_documents}", "--windows", windows)
+    text = succeed("train_flashlm", *args, "--out", tmp_path / "whole")
+    assert f"75% of the rows from {dataset}" in text and f"25% of the rows from {short_documents}" in text
+    lines = metrics(tmp_path / "whole")
+    assert lines[-1]["val_loss"] < lines[0]["val_loss"] - 0.5
+    assert lines[-1]["val_bits_per_byte"] < lines[0]["val_bits_per_byte"]
+    # Places that are only filled up are no tokens.
+    places = 4 * (14 * 16 + 16 * 2 * 32)
+    assert places / 2 < lines[-1]["tokens"] < places if windows == "documents" else lines[-1]["tokens"] == places
+    # From a checkpoint inside an epoch, with nothing but the run folder.
+    part = tmp_path / "part"
+    shutil.copytree(tmp_path / "whole", part)
+    (part / "model.safetensors").unlink()
+    (part / "checkpoints" / "step-000000030.safetensors").unlink()
+    config = part / "config.toml"
+    config.write_text(config.read_text().replace(str(tmp_path / "whole"), str(part)))
+    if windows != "random":
+        refuse("must be of --windows random", "--out", part, "--resume", "--windows", "random")
+    succeed("train_flashlm", "--out", part, "--resume")
+    assert without_time(metrics(part)) == without_time(lines)
+    assert (part / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("head", [(), ("--head", "hierarchical"), ("--head", "adaptive", "--cutoffs", "40", "120")])
+def test_every_head_ignores_what_fills_up_a_short_document(head, dataset, short_documents, tiny_config, tmp_path):
+    # Every window of 256 is filled up, most of it: a head that learnt to repeat the last token would do nothing else.
+    succeed("train_flashlm", "--config", tiny_config, "--data", short_documents, "--windows", "documents",
+            "--curriculum", "0:256:1", "--out", tmp_path / "run", *head)
+    lines = metrics(tmp_path / "run")
+    assert lines[-1]["tokens"] < 30 * 4 * 256 / 2
+    assert lines[-1]["val_loss"] < lines[0]["val_loss"] - 0.5
+    assert lines[0]["loss"] is None and lines[1]["loss"] == pytest.approx(lines[0]["val_loss"], abs=0.3)
+
+
+def test_validation_takes_every_source_by_its_weight(dataset, short_documents, tiny_config, tmp_path):
+    args = ("--config", tiny_config, "--steps", 1, "--eval-tokens", 600)
+    losses = {}
+    for name, data in {"long": dataset, "short": short_documents, "both": f"{dataset}=2,{short_documents}"}.items():
+        run_folder = tmp_path / name
+        tokens = {"long": 400, "short": 200, "both": 600}[name]
+        succeed("train_flashlm", *args[:-1], tokens, "--data", data, "--out", run_folder, "--head-bias", "false")
+        losses[name] = metrics(run_folder)[0]["val_loss"]
+    # Before any step the three models are the same: the loss is that of 399 and of 199 tokens.
+    assert losses["long"] != losses["short"]
+    assert losses["both"] == pytest.approx((399 * losses["long"] + 199 * losses["short"]) / 598, rel=1e-5)
+
+
 def test_second_start_does_not_touch_a_run(finished_run, dataset, tiny_config):
     before = (finished_run / "model.safetensors").read_bytes()
     done = run("train_flashlm", "--config", tiny_config, "--data", dataset, "--out", finished_run)
@@ -197,6 +259,29 @@ def test_missing_data(tiny_config, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_sources_that_cannot_be_mixed(dataset, corpus, tiny_config, tmp_path):
+    args = ("--config", tiny_config, "--out", tmp_path / "run", "--data")
+    refuse("must be a weight above 0, got '-1'", *args, f"{dataset}=-1")
+    refuse("nowhere has no tokenizer.model", *args, f"{dataset},nowhere")
+    succeed("flashlm", "prepare", corpus, "--out", tmp_path / "other", "--tokenizer", "sentencepiece:290")
+    refuse("was not made with the tokenizer of", *args, f"{dataset},{tmp_path / 'other'}")
+    numpy = pytest.importorskip("numpy")
+    (numpy.arange(6000) % 50).astype(numpy.uint16).tofile(tmp_path / "tokens.bin")
+    refuse("does not know where its documents end", *args[:-1], "--tokens", tmp_path / "tokens.bin", "--vocab-size", 50,
+           "--windows", "documents")
+    assert not (tmp_path / "run").exists()
+
+
+def test_several_raw_token_files(tiny_config, tmp_path):
+    numpy = pytest.importorskip("numpy")
+    for name, shift in (("a.bin", 0), ("b.bin", 25)):
+        (numpy.arange(6000) % 25 + shift).astype(numpy.uint16).tofile(tmp_path / name)
+    succeed("train_flashlm", "--config", tiny_config, "--tokens", f"{tmp_path / 'a.bin'},{tmp_path / 'b.bin'}=2",
+            "--vocab-size", 50, "--windows", "shuffled", "--out", tmp_path / "run", "--steps", 60)
+    lines = metrics(tmp_path / "run")
+    assert lines[-1]["val_loss"] < lines[0]["val_loss"] - 1
+
+
 @pytest.mark.parametrize("line, words", [
     ("no-such-key = 1", "no-such-key"),
     ("steps = many", "steps"),
@@ -204,6 +289,7 @@ def test_missing_data(tiny_config, tmp_path):
     ('eval-every = "soon"', "--eval-every must be a number of steps such as 50, or of seconds such as 30s, got 'soon'"),
     ("groups = 5", "groups must divide d-model = 32, got 5"),
     ('quantizer = "binary"', "quantizer must be 'absmean' or 'threshold', got 'binary'"),
+    ('windows = "epochs"', "--windows must be 'random', 'shuffled' or 'documents', got 'epochs'"),
     ("position-fraction = 0", "--position-fraction must be in (0, 1], got 0"),
     ("steps = -1", "--steps must be >= 0, got -1"),
     ('matrix-optimizer = "sgd"', "sgd"),
