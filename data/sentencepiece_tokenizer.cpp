@@ -14,6 +14,14 @@
 #include "data/text.h"
 #include "data/word_cache.h"
 
+// libsentencepiece and LibTorch's libc10 both export a variable of this name: an absl::Flag<int> of 32 bytes,
+// and an int. In a program linked to both, the loader gives them one place. Were that libc10's, the
+// constructor of the flag would overwrite what lies behind it, a mutex among other things. This definition
+// comes before either; both kinds begin with the int.
+extern "C" {
+__attribute__((visibility("default"), used)) alignas(16) char FLAGS_minloglevel[64] = {};
+}
+
 namespace flashlm {
 namespace {
 
