@@ -104,7 +104,7 @@ def test_maps_gpt2s_table_to_another_vocabulary(corpus, dataset, tmp_path):
     lines = "".join(f"{token}\n" for token in ids).encode()
     done = subprocess.run([flashlm, "decode", model, "--null"], input=lines, capture_output=True, check=True)
     tokens = done.stdout.split(b"\0")[:-1]
-    assert len(ids) == len(tokens) > 60 and b"\xff" in tokens and any(len(token) > 4 for token in tokens)
+    assert len(ids) == len(tokens) > 40 and b"\xff" in tokens and any(len(token) > 1 for token in tokens)
     want = numpy.stack([table[pieces].mean(axis=0) for pieces in gpt2_pieces(tokens)])
     got = load_file(out)["embedding.weight"].double().numpy()[ids]
     # Nothing was cut, so that all products between rows are as they were before the decomposition.
