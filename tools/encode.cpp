@@ -25,6 +25,7 @@ constexpr std::size_t kChunkBytes = 1 << 20;  // what is encoded at once, as by 
 
 struct Options {
   std::string tokenizer;
+  std::string end_of_text;  // what stands for the token of that name in text; "": nothing does
   bool lines = false;
   bool null = false;
 
@@ -65,18 +66,17 @@ class Output {
 /// Writes documents as lines of ids. Long ones come in parts, so that memory does not grow with them.
 class Encoder {
  public:
-  explicit Encoder(const Tokenizer& tokenizer) : tokenizer_(tokenizer) {}
+  Encoder(const Tokenizer& tokenizer, std::string_view end_of_text)
+      : tokenizer_(tokenizer), end_of_text_(end_of_text) {}
 
   void part(std::string_view text) {
-    for (const std::int32_t id : tokenizer_.encode(text, continued_)) {
-      char digits[12];
-      char* const end = std::to_chars(digits + 1, std::end(digits), id).ptr;
-      digits[0] = ' ';
-      const char* const start = digits + !line_begun_;
-      output_.append({start, static_cast<std::size_t>(end - start)});
-      line_begun_ = true;
+    for (std::size_t at; !end_of_text_.empty() && (at = text.find(end_of_text_)) != std::string_view::npos;) {
+      encode(text.substr(0, at));
+      write(tokenizer_.end_of_text());
+      continued_ = false;
+      text.remove_prefix(at + end_of_text_.size());
     }
-    continued_ = true;
+    encode(text);
   }
   void end_line() {
     output_.append("\n");
@@ -85,7 +85,22 @@ class Encoder {
   void flush() { output_.flush(); }
 
  private:
+  void encode(std::string_view text) {
+    if (text.empty()) return;
+    for (const std::int32_t id : tokenizer_.encode(text, continued_)) write(id);
+    continued_ = true;
+  }
+  void write(std::int32_t id) {
+    char digits[12];
+    char* const end = std::to_chars(digits + 1, std::end(digits), id).ptr;
+    digits[0] = ' ';
+    const char* const start = digits + !line_begun_;
+    output_.append({start, static_cast<std::size_t>(end - start)});
+    line_begun_ = true;
+  }
+
   const Tokenizer& tokenizer_;
+  std::string_view end_of_text_;
   Output output_;
   bool continued_ = false;
   bool line_begun_ = false;
@@ -94,7 +109,7 @@ class Encoder {
 void run_encode(const Options& options) {
   const auto tokenizer = open_tokenizer(options.tokenizer);
   const std::optional<char> separator = options.separator();
-  Encoder encoder(*tokenizer);
+  Encoder encoder(*tokenizer, options.end_of_text);
   std::string buffer;
   while (read_more(buffer)) {
     std::string_view rest = buffer;
@@ -145,7 +160,13 @@ void run_decode(const Options& options) {
   const auto decode_line = [&](std::string_view line) {
     ++number;
     try {
-      output.append(tokenizer->decode(parse_ids(line, number)));
+      const std::vector<std::int32_t> ids = parse_ids(line, number);
+      for (auto from = ids.begin(); from != ids.end();) {
+        const auto to = std::find(from, ids.end(), tokenizer->end_of_text());
+        output.append(tokenizer->decode({from, to}));
+        if (to != ids.end()) output.append(options.end_of_text);
+        from = to == ids.end() ? to : to + 1;
+      }
     } catch (const Error& error) {
       output.flush();
       const std::string message = error.what();
@@ -173,6 +194,9 @@ void add_options(CLI::App& command, Options& options) {
       .add_option("TOKENIZER", options.tokenizer,
                   "gpt2:FOLDER, a tokenizer file, or a folder with one: a run, for example")
       ->required();
+  command.add_option(
+      "--end-of-text", options.end_of_text,
+      "What stands in text for the token that ends it, as '<|endoftext|>'; default: nothing does");
   CLI::Option* lines =
       command.add_flag("--lines", options.lines, "Each line of text is a document of its own");
   command.add_flag("-0,--null", options.null, "Documents end with a zero byte, and may have lines")

@@ -169,6 +169,19 @@ def test_streams(peer):
         assert pipe("decode", GPT2, text=line) == text.encode()
 
 
+def test_end_of_text_by_name(peer):
+    text = "hello <|endoftext|><|endoftext|> world\n<|endof"
+    flags = ("--end-of-text", "<|endoftext|>")
+    for flag in ((), ("--lines",)):
+        line = pipe("encode", f"gpt2:{GPT2}", *flags, *flag, text=text.encode())
+        assert pipe("decode", f"gpt2:{GPT2}", *flags, *flag, text=line) == text.encode()
+    ids = [int(word) for word in pipe("encode", f"gpt2:{GPT2}", *flags, text=text.encode()).split()]
+    assert ids == peer.encode(text, allowed_special="all")
+    # Many of them, over several of the pieces that text is read in.
+    many = (text * 60_000).encode()
+    assert [int(w) for w in pipe("encode", f"gpt2:{GPT2}", *flags, text=many).split()] == peer.encode(many.decode(), allowed_special="all")
+
+
 def test_decode_refuses():
     refuse("line 2: 'x7' is not a token id", "decode", GPT2, text=b"1 2\n3 x7 4\n")
     refuse("line 1: '1.5' is not a token id", "decode", GPT2, text=b"1.5")
