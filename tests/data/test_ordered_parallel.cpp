@@ -13,13 +13,13 @@ namespace {
 
 struct Item {
   int number = -1;
-  long result = 0;
+  unsigned long result = 0;
 };
 
 /// Takes longer for some items than for others, so that threads overtake each other.
-long work_on(int number) {
-  long result = number;
-  for (int i = 0; i < number * 7919 % 13 * 2000; ++i) result = result * 31 + i;
+unsigned long work_on(int number) {
+  auto result = static_cast<unsigned long>(number);
+  for (int i = 0; i < number * 7919 % 13 * 2000; ++i) result = result * 31 + static_cast<unsigned long>(i);
   return result;
 }
 
