@@ -7,6 +7,7 @@
 #include <optional>
 #include <sstream>
 #include <string_view>
+#include <tuple>
 
 #include "ops/kernels/kernels.h"
 #include "ops/ops.h"
@@ -370,7 +371,9 @@ Case rms_norm_case(int64_t rows, int64_t width, Pass pass) {
   return {std::string("rms_norm, ") + pass_name(pass), by(rows, width), make};
 }
 
-Case relu2_glu_case(int64_t rows, int64_t width, Pass pass) {
+using Glu = at::Tensor (*)(const at::Tensor& gate, const at::Tensor& up);
+
+Case glu_case(const std::string& name, Glu flashlm, Glu torch, int64_t rows, int64_t width, Pass pass) {
   const auto make = [=] {
     // Forward: gate and up in, y out; backward: grad_y, gate and up in, two gradients out.
     const double n = static_cast<double>(rows * width);
@@ -378,12 +381,16 @@ Case relu2_glu_case(int64_t rows, int64_t width, Pass pass) {
     Contest contest = passes_over_memory(n * (forward ? 3 : 8), n * (forward ? 3 : 6), pass);
     add_expressions(
         contest, {at::randn({rows, width}), at::randn({rows, width})},
-        [](const Tensors& t) { return relu2_glu(t[0], t[1]); },
-        [](const Tensors& t) { return t[0].relu().square() * t[1]; });
+        [=](const Tensors& t) { return flashlm(t[0], t[1]); },
+        [=](const Tensors& t) { return torch(t[0], t[1]); });
     return contest;
   };
-  return {std::string("relu2_glu, ") + pass_name(pass), by(rows, width), make};
+  return {name + ", " + pass_name(pass), by(rows, width), make};
 }
+
+at::Tensor eager_relu2_glu(const at::Tensor& gate, const at::Tensor& up) { return gate.relu().square() * up; }
+at::Tensor eager_silu_glu(const at::Tensor& gate, const at::Tensor& up) { return at::silu(gate) * up; }
+at::Tensor eager_sigmoid_glu(const at::Tensor& gate, const at::Tensor& up) { return gate.sigmoid() * up; }
 
 // ---- head ----
 
@@ -574,6 +581,9 @@ std::vector<Case> cases(const Ggml* ggml, int threads) {
   constexpr int64_t kPacked[][2] = {{256, 683}, {683, 256}, {2048, 2048}, {4096, 14336}};  // K, N
   constexpr int64_t kDilations[] = {1, 4, 64};
   constexpr int64_t kHeads[][2] = {{1024, 50257}, {4096, 224}, {8192, 224}};  // N, V
+  constexpr std::tuple<const char*, Glu, Glu> kGlus[] = {{"relu2_glu", relu2_glu, eager_relu2_glu},
+                                                         {"silu_glu", silu_glu, eager_silu_glu},
+                                                         {"sigmoid_glu", sigmoid_glu, eager_sigmoid_glu}};
   constexpr Pass kPasses[] = {Pass::kForward, Pass::kForwardBackward};
 
   std::vector<Case> all;
@@ -609,7 +619,9 @@ std::vector<Case> cases(const Ggml* ggml, int threads) {
       all.push_back(mlgru_case(16, 1024, 512, activation, pass));
   }
   for (const Pass pass : kPasses) all.push_back(rms_norm_case(4096, 256, pass));
-  for (const Pass pass : kPasses) all.push_back(relu2_glu_case(4096, 683, pass));
+  for (const auto& [name, flashlm, torch] : kGlus) {
+    for (const Pass pass : kPasses) all.push_back(glu_case(name, flashlm, torch, 4096, 683, pass));
+  }
   for (const char* precision : {"float32", "bfloat16"}) {
     for (const auto& [positions, vocabulary] : kHeads) {
       all.push_back(linear_cross_entropy_case(positions, 256, vocabulary, precision));

@@ -23,11 +23,11 @@ void add_gemm_bf16(Table<T>& table);
 template <class T>
 void add_gemm_int8(Table<T>& table);
 template <class T>
+void add_glu(Table<T>& table);
+template <class T>
 void add_mlgru(Table<T>& table);
 template <class T>
 void add_packed_linear(Table<T>& table);
-template <class T>
-void add_relu2_glu(Table<T>& table);
 template <class T>
 void add_rms_norm(Table<T>& table);
 template <class T>

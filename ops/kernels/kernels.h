@@ -52,6 +52,14 @@ struct MlgruRows {
   const T *f, *c, *lower_bound;
 };
 
+/// A gated linear unit, y = a(gate) * up, elementwise over n values. In backward grad_gate = a'(gate) * up *
+/// grad_y and grad_up = a(gate) * grad_y are written.
+template <class T>
+struct Glu {
+  void (*forward)(int64_t n, const T* gate, const T* up, T* y);
+  void (*backward)(int64_t n, const T* grad_y, const T* gate, const T* up, T* grad_gate, T* grad_up);
+};
+
 template <class T>
 struct Table {
   // ---- adamw: in place on w, m, v; g, w, m and v do not overlap. The same bits on every level ----
@@ -255,11 +263,9 @@ struct Table {
   void (*sum_table_gemm)(int64_t m, int64_t n, int64_t k, const T* x, int64_t x_row, const uint8_t* packed,
                          T gamma, T* y, int64_t y_row, void* workspace);
 
-  // ---- relu2_glu: y = max(gate, 0)^2 * up, elementwise over n values ----
+  // ---- gated linear units; see ops/glu.h. The same bits on every level ----
 
-  void (*relu2_glu)(int64_t n, const T* gate, const T* up, T* y);
-  void (*relu2_glu_backward)(int64_t n, const T* grad_y, const T* gate, const T* up, T* grad_gate,
-                             T* grad_up);
+  Glu<T> relu2_glu, silu_glu, sigmoid_glu;
 };
 
 /// The table of the best level this CPU runs, or of the level named by the environment variable FLASHLM_ISA.

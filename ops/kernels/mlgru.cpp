@@ -15,7 +15,7 @@ struct Sigmoid {
 
   explicit Sigmoid(Vec<T> x) {
     // In double vec_exp can overflow; the last argument whose exponential is far from that.
-    const Vec<T> e = vec_exp(sizeof(T) == sizeof(float) ? -x : vec_min<T>(-x, broadcast(T(700))));
+    const Vec<T> e = vec_exp(sizeof(T) == sizeof(float) ? -x : vec_min<T>(broadcast(T(700)), -x));
     open = T(1) / (T(1) + e);
     shut = e * open;
   }

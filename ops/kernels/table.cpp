@@ -15,9 +15,9 @@ static Table<T> make_table() {
   add_gemm(table);
   add_gemm_bf16(table);
   add_gemm_int8(table);
+  add_glu(table);
   add_mlgru(table);
   add_packed_linear(table);
-  add_relu2_glu(table);
   add_rms_norm(table);
   add_rows(table);
   add_sum_table(table);

@@ -11,7 +11,7 @@
 #include <string>
 #include <vector>
 
-#include "ops/relu2_glu.h"
+#include "ops/glu.h"
 #include "ops/rms_norm.h"
 
 namespace {

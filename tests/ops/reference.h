@@ -77,6 +77,10 @@ inline at::Tensor relu2_glu(const at::Tensor& gate, const at::Tensor& up) {
   return gate.relu().square() * up;
 }
 
+inline at::Tensor silu_glu(const at::Tensor& gate, const at::Tensor& up) { return at::silu(gate) * up; }
+
+inline at::Tensor sigmoid_glu(const at::Tensor& gate, const at::Tensor& up) { return gate.sigmoid() * up; }
+
 /// {h, h_last}
 inline std::tuple<at::Tensor, at::Tensor> mlgru(at::Tensor f, at::Tensor c,
                                                 const std::optional<at::Tensor>& h0,

@@ -89,19 +89,15 @@ TEST_CASE("stream_rows puts every row in its place and touches no other", "[rows
   }
 }
 
-TEST_CASE("relu2_glu and rms_norm agree between levels at every length", "[relu2_glu][rms_norm]") {
+TEST_CASE("rms_norm agrees between levels at every length", "[rms_norm]") {
   const Table<float>& baseline = levels().first[0].float_table();
   for (const Level* level : runnable_levels()) {
     INFO(level->name);
     const Table<float>& t = level->float_table();
-    for (int64_t n = 0; n <= 67; ++n) {
+    for (int64_t n = 1; n <= 67; ++n) {
       const auto x = dyadic<float>(n + 1, 1), y = dyadic<float>(n + 1, 2);
       std::vector<float> got(n), want(n);
       // One element in: misaligned for every vector width.
-      t.relu2_glu(n, x.data() + 1, y.data() + 1, got.data());
-      baseline.relu2_glu(n, x.data() + 1, y.data() + 1, want.data());
-      REQUIRE(got == want);
-      if (n == 0) continue;
       t.rms_norm(1, n, x.data() + 1, y.data() + 1, 0.125f, got.data());
       baseline.rms_norm(1, n, x.data() + 1, y.data() + 1, 0.125f, want.data());
       for (int64_t i = 0; i < n; ++i) REQUIRE(got[i] == Approx(want[i]).epsilon(1e-6).margin(1e-12));

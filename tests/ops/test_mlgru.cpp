@@ -156,6 +156,19 @@ TEST_CASE("mlgru does not see what comes later", "[mlgru]") {
   }
 }
 
+TEST_CASE("a NaN in either input is one in every later state", "[mlgru]") {
+  const auto options = GENERATE(from_range(kOptions));
+  const auto dtype = GENERATE(at::kFloat, at::kDouble);
+  for (int64_t i : {0, 1}) {
+    INFO(options << " " << dtype << " input " << i);
+    Tensors inputs = inputs_of(options, {1, 9, 20}, dtype);
+    inputs[i].select(1, 4).fill_(NAN);
+    const at::Tensor h = run(inputs, options);
+    REQUIRE(h.slice(1, 0, 4).isfinite().all().item<bool>());
+    REQUIRE(h.slice(1, 4).isnan().all().item<bool>());
+  }
+}
+
 TEST_CASE("mlgru without batch, time or channels has zero gradients and passes the state on", "[mlgru]") {
   const auto options = GENERATE(from_range(kOptions));
   for (const Shape& shape : {Shape{0, 5, 3}, {2, 0, 3}, {2, 5, 0}}) {

@@ -14,6 +14,14 @@ def relu2_glu(gate, up):
     return gate.relu().square() * up
 
 
+def silu_glu(gate, up):
+    return F.silu(gate) * up
+
+
+def sigmoid_glu(gate, up):
+    return gate.sigmoid() * up
+
+
 def straight_through(x, quantized):
     """x + (quantized - x).detach(), without its rounding."""
     return quantized.detach() + (x - x.detach())

@@ -89,10 +89,12 @@ for name, shape in {"3d": (2, 3, 17), "one_row": (5,), "no_rows": (0, 8)}.items(
 add("rms_norm", "eps", lambda: dict(x=randn(3, 5), scale=scale(5), eps=0.5), ("x", "scale"))
 add("rms_norm", "one_column", lambda: dict(x=randn(4, 1), scale=scale(1), eps=0.5), ("x", "scale"))
 
-# ---- relu2_glu ----
+# ---- relu2_glu, silu_glu, sigmoid_glu ----
 
-for name, shape in {"3d": (2, 3, 17), "scalar": (), "no_rows": (0, 8)}.items():
-    add("relu2_glu", name, lambda shape=shape: dict(gate=randn(*shape), up=randn(*shape)), ("gate", "up"))
+GLUS = ("relu2_glu", "silu_glu", "sigmoid_glu")
+
+for op, (name, shape) in itertools.product(GLUS, {"3d": (2, 3, 17), "scalar": (), "no_rows": (0, 8)}.items()):
+    add(op, name, lambda shape=shape: dict(gate=randn(*shape), up=randn(*shape)), ("gate", "up"))
 
 # ---- bit_linear ----
 
@@ -358,7 +360,7 @@ class Refusal:
 REFUSALS = [
     Refusal("rms_norm", dict(scale=torch.ones(5)), "scale's size must be 17, got 5"),
     Refusal("rms_norm", dict(eps=-1.0), "eps must be >= 0, got -1"),
-    Refusal("relu2_glu", dict(up=torch.ones(1, 17)), "up must have gate's 3 dimensions, got 2"),
+    *(Refusal(op, dict(up=torch.ones(1, 17)), "up must have gate's 3 dimensions, got 2") for op in GLUS),
     Refusal("bit_linear", dict(weight=torch.ones(19, 5)), "x's last dimension must be"),
     Refusal("bit_linear", dict(quantizer="ternary"), "quantizer must be"),
     Refusal("bit_linear", dict(activation="int4"), "activation must be"),
