@@ -32,6 +32,13 @@ void ModelConfig::validate() const {
   require(!dilations.empty(), "dilations must name at least one convolution", "none");
   require(d_model % groups == 0, "groups must divide d-model = " + std::to_string(d_model),
           std::to_string(groups));
+  require(block == "v3" || block == "matmulfree" || block == "hgrn-bit",
+          "block must be 'v3', 'matmulfree' or 'hgrn-bit'", "'" + block + "'");
+  require(!mixers.empty(), "mixers must name at least one", "none");
+  for (const std::string& mixer : mixers) {
+    require(mixer == "conv" || mixer == "mlgru", "each of mixers must be 'conv' or 'mlgru'",
+            "'" + mixer + "'");
+  }
   require(quantizer == "absmean" || quantizer == "threshold", "quantizer must be 'absmean' or 'threshold'",
           "'" + quantizer + "'");
   require(activation == "int8" || activation == "none", "activation must be 'int8' or 'none'",
@@ -40,6 +47,8 @@ void ModelConfig::validate() const {
           "gradient must be 'float32', 'bfloat16' or 'int8'", "'" + gradient + "'");
   require(gradient != "int8" || activation == "int8", "gradient 'int8' needs activation 'int8'",
           "'" + activation + "'");
+  require(recompute == "none" || recompute == "float32" || recompute == "bfloat16",
+          "recompute must be 'none', 'float32' or 'bfloat16'", "'" + recompute + "'");
   require(head == "full" || head == "hierarchical" || head == "adaptive",
           "head must be 'full', 'hierarchical' or 'adaptive'", "'" + head + "'");
   require(classes >= 0 && classes <= vocab_size,
@@ -55,6 +64,11 @@ void ModelConfig::validate() const {
   }
   require(head_precision == "float32" || head_precision == "bfloat16",
           "head-precision must be 'float32' or 'bfloat16'", "'" + head_precision + "'");
+  require(head_quantizer == "none" || head_quantizer == "absmean",
+          "head-quantizer must be 'none' or 'absmean'", "'" + head_quantizer + "'");
+  require(head_quantizer == "none" || (head == "full" && !tied),
+          "head-quantizer 'absmean' needs head 'full' and tied false",
+          "'" + head + "' and " + (tied ? "true" : "false"));
   require(norm_eps >= 0, "norm-eps must be >= 0", std::to_string(norm_eps));
   require(embedding_std >= 0, "embedding-std must be >= 0", std::to_string(embedding_std));
 }
@@ -76,8 +90,9 @@ ModelConfig model_config_from_json(const std::string& text) {
     const auto json = nlohmann::json::parse(text);
     size_t known = 0;
     // Younger than the oldest files, whose weights mean what these settings are by default.
-    static const std::set<std::string> young = {"gradient", "head",    "tied",         "head-bias",
-                                                "classes",  "cutoffs", "tail-divisor", "head-precision"};
+    static const std::set<std::string> young = {
+        "gradient",       "head",  "tied",   "head-bias", "classes", "cutoffs",       "tail-divisor",
+        "head-precision", "block", "mixers", "recompute", "packed",  "head-quantizer"};
     config.visit([&](const char* name, auto& field, const char*) {
       if (young.contains(name) && !json.contains(name)) return;
       json.at(name).get_to(field);

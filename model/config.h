@@ -19,9 +19,13 @@ struct ModelConfig {
   int64_t kernel_size = 4;
   int64_t groups = 16;
   std::vector<int64_t> dilations = {1, 4, 64};
+  std::string block = "v3";
+  std::vector<std::string> mixers = {"conv"};
   std::string quantizer = "threshold";
   std::string activation = "none";
   std::string gradient = "float32";
+  std::string recompute = "none";
+  bool packed = false;
   double norm_eps = 1e-8;
   double embedding_std = 0.02;
   double embedding_scale = 1.0;
@@ -33,6 +37,7 @@ struct ModelConfig {
   std::vector<int64_t> cutoffs = {2000, 10000};
   int64_t tail_divisor = 4;
   std::string head_precision = "float32";
+  std::string head_quantizer = "none";
 
   /// Calls visitor(name, field, help) for every setting: the one list behind flags, TOML keys and saved
   /// files.
@@ -46,11 +51,19 @@ struct ModelConfig {
     visitor("kernel-size", kernel_size, "K, taps of each causal convolution");
     visitor("groups", groups, "G, groups of each causal convolution");
     visitor("dilations", dilations, "dilation of each gated convolution of a mixer, in order");
+    visitor(
+        "block", block,
+        "'v3', 'matmulfree' (arXiv 2406.02528) or 'hgrn-bit' (the code released with it): model/layers.h");
+    visitor("mixers", mixers, "'conv' or 'mlgru', of each layer in turn: conv,mlgru alternates");
     visitor("quantizer", quantizer,
             "ternary weights: 'absmean' (scaled, BitNet b1.58) or 'threshold' (unscaled, v3)");
     visitor("activation", activation, "input of ternary layers: 'int8' (per row) or 'none' (float, v3)");
     visitor("gradient", gradient,
             "products of ternary layers' backward: 'float32', 'bfloat16' or 'int8' (with activation 'int8')");
+    visitor("recompute", recompute,
+            "a block's activations are made again for its gradients, from its input, kept as 'float32' or "
+            "'bfloat16'; 'none': kept");
+    visitor("packed", packed, "ternary weights in 2 bits, for inference; made by `flashlm pack`");
     visitor("norm-eps", norm_eps, "epsilon of every RMSNorm");
     visitor("embedding-std", embedding_std, "standard deviation of the embedding table at the start");
     visitor("embedding-scale", embedding_scale,
@@ -68,7 +81,12 @@ struct ModelConfig {
     visitor("tail-divisor", tail_divisor, "an adaptive head's tail i works in D / divisor^i dimensions");
     visitor("head-precision", head_precision,
             "products of the head in training and evaluation: 'float32' or 'bfloat16' where the CPU has it");
+    visitor("head-quantizer", head_quantizer,
+            "'absmean': a full head of its own weights is ternary as well; 'none'");
   }
+
+  /// 'conv' or 'mlgru': mixers in turn.
+  const std::string& mixer(int64_t layer) const { return mixers[layer % mixers.size()]; }
 
   /// C: `classes`, or if that is 0 the square root of V, which costs least.
   int64_t class_count() const;

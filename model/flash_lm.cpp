@@ -7,6 +7,7 @@
 #include <sstream>
 
 #include "data/error.h"
+#include "model/recompute.h"
 #include "ops/ops.h"
 
 namespace flashlm {
@@ -27,18 +28,23 @@ FlashLMImpl::FlashLMImpl(const ModelConfig& config) : config_(config) {
   if (config.head == "hierarchical") config_.classes = config.class_count();
   // The key is v3's "embedding.weight"; its "lm_head.weight" is the same tensor and is not stored again.
   struct EmbeddingImpl : torch::nn::Module {};
-  const at::Tensor table = torch::randn({config.vocab_size, config.d_model}) * config.embedding_std;
+  const at::Tensor table = random_table(config, config.vocab_size, config.d_model);
   embedding =
       register_module("embedding", std::make_shared<EmbeddingImpl>())->register_parameter("weight", table);
   if (config.layers == 1) {
-    blocks_.push_back(register_module("block", Block(config)));
+    blocks_.push_back(register_module("block", Block(config, 0)));
   } else {
     torch::nn::ModuleList blocks;
     register_module("blocks", blocks);
     for (int64_t i = 0; i < config.layers; ++i) {
-      blocks_.emplace_back(config);
+      blocks_.emplace_back(config, i);
       blocks->push_back(blocks_.back());
     }
+  }
+  bool has_mlgru = false;
+  for (int64_t i = 0; i < config.layers; ++i) has_mlgru |= config.mixer(i) == "mlgru";
+  if (config.block == "hgrn-bit" && has_mlgru) {
+    lower_bounds_ = register_parameter("lower_bounds", torch::zeros({config.layers, config.d_model}));
   }
   final_norm_ = register_module("final_norm", RMSNorm(config.d_model, config.norm_eps));
   head_ = register_module("head", make_head(config_, embedding));
@@ -47,14 +53,30 @@ FlashLMImpl::FlashLMImpl(const ModelConfig& config) : config_(config) {
 at::Tensor FlashLMImpl::hidden(const at::Tensor& tokens, State* state) {
   at::Tensor x = embed(embedding, tokens, config_.embedding_scale,
                        /*sparse=*/config_.tied && config_.head != "adaptive");
-  at::Tensor* history = state == nullptr ? nullptr : state->data();
+  std::vector<at::Tensor> lower_bounds(blocks_.size());
+  if (lower_bounds_.defined()) {
+    const at::Tensor p = lower_bounds_.softmax(0);
+    lower_bounds = (p.cumsum(0) - p[0]).unbind(0);
+  }
+  at::Tensor* own_state = state == nullptr ? nullptr : state->data();
   for (int64_t pass = 0; pass < config_.recursions; ++pass) {
-    for (auto& block : blocks_) {
-      x = block(x, history);
-      if (history != nullptr) history += config_.dilations.size();
+    for (size_t i = 0; i < blocks_.size(); ++i) {
+      x = run_block(blocks_[i], x, own_state, lower_bounds[i]);
+      if (own_state != nullptr) own_state += blocks_[i]->state_lengths().size();
     }
   }
   return final_norm_(x);
+}
+
+at::Tensor FlashLMImpl::run_block(Block& block, const at::Tensor& x, at::Tensor* state,
+                                  const at::Tensor& lower_bound) {
+  if (config_.recompute == "none" || state != nullptr || !at::GradMode::is_enabled()) {
+    return block(x, state, lower_bound);
+  }
+  const auto body = [block](const at::Tensor& input, const at::Tensor& bound) mutable {
+    return block(input, nullptr, bound);
+  };
+  return recompute(body, x, lower_bound, block->parameters(), config_.recompute == "bfloat16");
 }
 
 at::Tensor FlashLMImpl::forward(const at::Tensor& tokens) { return head_->logits(hidden(tokens)); }
@@ -73,9 +95,11 @@ std::tuple<at::Tensor, at::Tensor> FlashLMImpl::loss(const at::Tensor& tokens, c
 
 State FlashLMImpl::initial_state(int64_t batch) const {
   State state;
-  for (int64_t i = 0; i < config_.recursions * config_.layers; ++i) {
-    for (int64_t dilation : config_.dilations) {
-      state.push_back(torch::zeros({batch, (config_.kernel_size - 1) * dilation, config_.d_model}));
+  for (int64_t pass = 0; pass < config_.recursions; ++pass) {
+    for (const Block& block : blocks_) {
+      for (const int64_t length : block->state_lengths()) {
+        state.push_back(torch::zeros({batch, length, config_.d_model}));
+      }
     }
   }
   return state;
@@ -117,6 +141,10 @@ void load_weights(const FlashLM& model, const std::map<std::string, at::Tensor>&
                   const std::string& origin) {
   torch::NoGradGuard no_grad;
   const auto own = model->named_weights();
+  const auto parameters = model->named_parameters(), buffers = model->named_buffers();
+  const auto share = [&](const std::string& name, const at::Tensor& values) {
+    (parameters.contains(name) ? parameters[name] : buffers[name]).set_data(values);
+  };
   for (const auto& [name, tensor] : own) {
     const auto found = weights.find(name);
     if (found == weights.end()) throw Error(origin + ": has no weight '" + name + "'");
@@ -126,7 +154,11 @@ void load_weights(const FlashLM& model, const std::map<std::string, at::Tensor>&
            << found->second.sizes();
       throw Error(text.str());
     }
-    tensor.copy_(found->second);
+    if (model->config().packed) {
+      share(name, found->second);
+    } else {
+      tensor.copy_(found->second);
+    }
   }
   for (const auto& [name, tensor] : weights) {
     if (!own.contains(name)) throw Error(origin + ": weight '" + name + "' is not one of this model's");

@@ -18,15 +18,20 @@
 
 namespace flashlm {
 
-/// What a model remembers of the tokens it has seen: for every recursion, block and dilation, in that order,
-/// the (B, (K-1)·dilation, D) inputs of the gated convolution. Zeros mean that nothing came before.
+/// What a model remembers of the tokens it has seen: for every recursion and block, in that order, the
+/// tensors of the block's token mixer (model/layers.h). Zeros mean that nothing came before.
 using State = std::vector<at::Tensor>;
 
 /// FlashLM v3's model, every dimension configurable:
 ///   x = E[tokens] · embedding_scale;  `recursions` times: every block in turn;  h = final_norm(x);  then a
 ///   head: v3's logits are h Eᵀ.
 /// With one block the parameters have exactly v3's state-dict names ("block."); with several, "blocks.<i>.".
-/// Weights are drawn from torch's global generator.
+/// Weights are drawn from torch's global generator. With config.packed all weights are without values until
+/// load_weights gives them some, and there is no training.
+///
+/// 'hgrn-bit' blocks share `lower_bounds` (layers, D): p = softmax over the layers, and the lower bound of
+/// layer l is p_1 + .. + p_l (from 0 on), so that higher layers forget more slowly (Qin et al. 2023, arXiv
+/// 2311.04823).
 class FlashLMImpl : public torch::nn::Module {
  public:
   explicit FlashLMImpl(const ModelConfig& config);
@@ -51,14 +56,17 @@ class FlashLMImpl : public torch::nn::Module {
 
   Head& head() const { return *head_; }
 
-  /// Parameters and buffers (class maps) by name: what a file of weights holds.
+  /// Parameters and buffers (class maps, packed weights) by name: what a file of weights holds.
   std::map<std::string, at::Tensor> named_weights() const;
 
   at::Tensor embedding;
 
  private:
   ModelConfig config_;
+  at::Tensor run_block(Block& block, const at::Tensor& x, at::Tensor* state, const at::Tensor& lower_bound);
+
   std::vector<Block> blocks_;
+  at::Tensor lower_bounds_;
   RMSNorm final_norm_{nullptr};
   std::shared_ptr<Head> head_;
 };
@@ -72,8 +80,9 @@ FlashLM load_model(const std::filesystem::path& path);
 /// The same from what has been read already; `origin` names it in messages.
 FlashLM model_from(const SafeTensors& file, const std::string& origin);
 
-/// Copies `weights` into the model's parameters and buffers of the same names; Error if one is missing,
-/// unknown or of another shape. `origin` says in the message where they come from.
+/// Copies `weights` into the model's parameters and buffers of the same names; a packed model shares their
+/// memory instead. Error if one is missing, unknown or of another shape. `origin` says in the message where
+/// they come from.
 void load_weights(const FlashLM& model, const std::map<std::string, at::Tensor>& weights,
                   const std::string& origin);
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "model/heads.h"
 
+#include <torch/csrc/autograd/custom_function.h>
 #include <torch/nn/modules/container/modulelist.h>
 #include <torch/utils.h>
 
@@ -9,14 +10,13 @@
 
 #include "data/error.h"
 #include "data/sampler.h"
+#include "model/layers.h"
 #include "ops/ops.h"
 
 namespace flashlm {
 namespace {
 
 using TwoTensors = std::tuple<at::Tensor, at::Tensor>;
-
-at::Tensor normal(at::IntArrayRef shape, double std) { return torch::randn(shape) * std; }
 
 std::optional<at::Tensor> optional(const at::Tensor& t) {
   return t.defined() ? std::optional(t) : std::nullopt;
@@ -52,6 +52,29 @@ void check_fits(const WordClasses& classes, int64_t vocab_size, int64_t count) {
   }
 }
 
+/// forward: `value`; backward: the gradient goes to `latent` unchanged.
+struct StraightThrough : torch::autograd::Function<StraightThrough> {
+  static at::Tensor forward(torch::autograd::AutogradContext*, const at::Tensor& /*latent*/,
+                            const at::Tensor& value) {
+    return value;
+  }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext*,
+                                                 const torch::autograd::variable_list& grads) {
+    return {grads[0], at::Tensor()};
+  }
+};
+
+/// Rows as bit_linear's activation 'int8' makes them, q / s.
+at::Tensor int8_rows(const at::Tensor& x) {
+  at::Tensor rounded;
+  {
+    torch::NoGradGuard no_grad;
+    const at::Tensor s = 127 / x.abs().amax(-1, /*keepdim=*/true).clamp_min(1e-5);
+    rounded = (x * s).round_().clamp_(-128, 127).div_(s);
+  }
+  return StraightThrough::apply(x, rounded);
+}
+
 std::vector<int64_t> adaptive_offsets(const ModelConfig& config) {
   std::vector<int64_t> offsets = {0};
   offsets.insert(offsets.end(), config.cutoffs.begin(), config.cutoffs.end());
@@ -68,17 +91,42 @@ int64_t Head::sample(const at::Tensor& h, const SamplingOptions& options, at::Ge
 // ---- full ----
 
 FullHead::FullHead(const ModelConfig& config, at::Tensor table) : Head(config, std::move(table)) {
-  weight = config.tied ? table_
-                       : register_parameter(
-                             "weight", normal({config.vocab_size, config.d_model}, config.embedding_std));
+  const bool ternary = config.head_quantizer != "none";
+  if (config.tied) {
+    weight = table_;
+  } else if (ternary && config.packed) {
+    std::tie(packed, scale) = empty_packed(config.vocab_size, config.d_model);
+    register_buffer("packed", packed);
+    register_buffer("scale", scale);
+  } else {
+    weight = register_parameter("weight", random_table(config, config.vocab_size, config.d_model));
+  }
+  if (ternary) norm_scale = register_parameter("norm_scale", torch::ones({config.d_model}));
   if (config.head_bias) bias = register_parameter("bias", torch::zeros({config.vocab_size}));
 }
 
-at::Tensor FullHead::logits(const at::Tensor& h) const { return torch::linear(h, weight, bias); }
+at::Tensor FullHead::logits(const at::Tensor& h) const {
+  if (!norm_scale.defined()) return torch::linear(h, weight, bias);
+  const at::Tensor z =
+      packed.defined()
+          ? packed_linear(h, packed, scale, config_.vocab_size, norm_scale, "int8", kLinearNormEps)
+          : bit_linear(h, weight, norm_scale, config_.head_quantizer, "int8", kLinearNormEps);
+  return bias.defined() ? z + bias : z;
+}
+
+at::Tensor FullHead::ternary_weight() const {
+  if (packed.defined()) return unpack_ternary(packed, scale, config_.vocab_size, config_.d_model);
+  const at::Tensor latent = weight.detach();
+  const auto [codes, gamma] = pack_ternary(latent, config_.head_quantizer);
+  return StraightThrough::apply(weight, unpack_ternary(codes, gamma, latent.size(0), latent.size(1)));
+}
 
 TwoTensors FullHead::loss(const at::Tensor& h, const at::Tensor& target, const LossOptions& options) const {
-  return linear_cross_entropy(h, weight, optional(bias), target, options.label_smoothing, options.z_loss,
-                              kIgnoredTarget, "mean", config_.head_precision);
+  const bool ternary = norm_scale.defined();
+  const at::Tensor rows = ternary ? int8_rows(rms_norm(h, norm_scale, kLinearNormEps)) : h;
+  return linear_cross_entropy(rows, ternary ? ternary_weight() : weight, optional(bias), target,
+                              options.label_smoothing, options.z_loss, kIgnoredTarget, "mean",
+                              config_.head_precision);
 }
 
 void FullHead::initialize(const WordClasses&, const std::vector<int64_t>& counts) {
@@ -90,10 +138,9 @@ void FullHead::initialize(const WordClasses&, const std::vector<int64_t>& counts
 HierarchicalHead::HierarchicalHead(const ModelConfig& config, at::Tensor table)
     : Head(config, std::move(table)) {
   const int64_t words = config.vocab_size, count = config.class_count();
-  class_weight = register_parameter("class_weight", normal({count, config.d_model}, config.embedding_std));
+  class_weight = register_parameter("class_weight", random_table(config, count, config.d_model));
   word_weight =
-      config.tied ? table_
-                  : register_parameter("word_weight", normal({words, config.d_model}, config.embedding_std));
+      config.tied ? table_ : register_parameter("word_weight", random_table(config, words, config.d_model));
   if (config.head_bias) {
     class_bias = register_parameter("class_bias", torch::zeros({count}));
     word_bias = register_parameter("word_bias", torch::zeros({words}));
@@ -140,7 +187,7 @@ AdaptiveHead::AdaptiveHead(const ModelConfig& config, at::Tensor table) : Head(c
   const int64_t d = config.d_model, tails = static_cast<int64_t>(config.cutoffs.size());
   const std::vector<int64_t> offsets = adaptive_offsets(config);
   const int64_t entries = config.cutoffs[0] + tails;
-  weight = register_parameter("weight", normal({entries, d}, config.embedding_std));
+  weight = register_parameter("weight", random_table(config, entries, d));
   if (config.head_bias) bias = register_parameter("bias", torch::zeros({entries}));
   torch::nn::ModuleList list;
   register_module("tails", list);
@@ -150,9 +197,9 @@ AdaptiveHead::AdaptiveHead(const ModelConfig& config, at::Tensor table) : Head(c
     auto tail = std::make_shared<Tail>();
     width = std::max<int64_t>(1, width / config.tail_divisor);
     const double keep = 1 / std::sqrt(static_cast<double>(d));
-    projections.push_back(tail->register_parameter("projection", normal({width, d}, keep)));
-    tail_weights.push_back(tail->register_parameter(
-        "weight", normal({offsets[i + 2] - offsets[i + 1], width}, config.embedding_std)));
+    projections.push_back(tail->register_parameter("projection", torch::randn({width, d}) * keep));
+    tail_weights.push_back(
+        tail->register_parameter("weight", random_table(config, offsets[i + 2] - offsets[i + 1], width)));
     list->push_back(tail);
   }
   word_rank = register_buffer("word_rank", torch::arange(config.vocab_size));
@@ -191,6 +238,11 @@ void AdaptiveHead::initialize(const WordClasses& classes, const std::vector<int6
 }
 
 // ---- choice ----
+
+at::Tensor random_table(const ModelConfig& config, int64_t rows, int64_t columns) {
+  if (config.packed) return torch::empty({rows, columns});
+  return torch::randn({rows, columns}) * config.embedding_std;
+}
 
 std::shared_ptr<Head> make_head(const ModelConfig& config, const at::Tensor& table) {
   if (config.head == "hierarchical") return std::make_shared<HierarchicalHead>(config, table);

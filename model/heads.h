@@ -49,7 +49,8 @@ class Head : public torch::nn::Module {
 };
 
 /// Full softmax: h · Wᵀ + b. W is the embedding unless config.tied is false, b is there with
-/// config.head_bias.
+/// config.head_bias. With config.head_quantizer 'absmean' the product is bit_linear's, with its norm and int8
+/// rows; where config.packed, W is then in 2 bits.
 class FullHead : public Head {
  public:
   FullHead(const ModelConfig& config, at::Tensor table);
@@ -58,8 +59,14 @@ class FullHead : public Head {
                                           const LossOptions& options) const override;
   void initialize(const WordClasses& classes, const std::vector<int64_t>& counts) override;
 
-  at::Tensor weight;  // (V, D); the embedding if tied
-  at::Tensor bias;    // (V), or undefined
+  at::Tensor weight;         // (V, D); the embedding if tied; undefined if ternary and packed
+  at::Tensor bias;           // (V), or undefined
+  at::Tensor norm_scale;     // (D), of a ternary head
+  at::Tensor packed, scale;  // buffers of a ternary head that is packed
+
+ private:
+  /// The ternary head's weight as bit_linear reads it, in floats; its gradient goes straight through.
+  at::Tensor ternary_weight() const;
 };
 
 /// Two levels, class and word: see ops/hierarchical_cross_entropy.h. Until initialize() the classes are equal
@@ -93,6 +100,10 @@ class AdaptiveHead : public Head {
   std::vector<at::Tensor> projections, tail_weights;
   at::Tensor word_rank;  // (V): a word's place by falling frequency; buffer
 };
+
+/// A table (rows, columns) as it starts: from N(0, config.embedding_std²), or if config.packed without
+/// values.
+at::Tensor random_table(const ModelConfig& config, int64_t rows, int64_t columns);
 
 /// The head that config.head names.
 std::shared_ptr<Head> make_head(const ModelConfig& config, const at::Tensor& table);

@@ -3,7 +3,9 @@
 
 #include <ATen/ATen.h>
 
+#include <algorithm>
 #include <cstring>
+#include <memory>
 #include <nlohmann/json.hpp>
 #include <sstream>
 
@@ -48,9 +50,26 @@ std::span<const std::byte> bytes_of(const at::Tensor& t) {
 
 using Wanted = std::function<bool(const std::string&)>;
 
-/// The wanted tensors of an already checked header, copied out of `data`.
+constexpr uint64_t kLine = 64;  // of a CPU's cache
+
+uint64_t to_whole_lines(uint64_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
+
+/// Bytes of `file` as a tensor: a copy, or if `shared` and they begin at a cache line, the file itself.
+at::Tensor tensor_of(std::span<const std::byte> bytes, at::IntArrayRef shape, at::ScalarType type,
+                     const std::shared_ptr<const MappedFile>& file, bool shared) {
+  if (shared && !bytes.empty() && reinterpret_cast<uintptr_t>(bytes.data()) % kLine == 0) {
+    return at::from_blob(
+        const_cast<std::byte*>(bytes.data()), shape, [file](void*) {}, type);
+  }
+  at::Tensor t = at::empty(shape, type);
+  if (!bytes.empty()) std::memcpy(t.mutable_data_ptr(), bytes.data(), bytes.size());
+  return t;
+}
+
+/// The wanted tensors of an already checked header.
 std::map<std::string, at::Tensor> read_tensors(const nlohmann::json& header, std::span<const std::byte> data,
-                                               const Wanted& wanted) {
+                                               const Wanted& wanted,
+                                               const std::shared_ptr<const MappedFile>& file, bool shared) {
   std::map<std::string, at::Tensor> tensors;
   for (const auto& [name, entry] : header.items()) {
     if (name == "__metadata__" || (wanted && !wanted(name))) continue;
@@ -68,14 +87,13 @@ std::map<std::string, at::Tensor> read_tensors(const nlohmann::json& header, std
     if (range.size() != 2 || range[0] > range[1] || range[1] > data.size() || range[1] - range[0] != nbytes) {
       throw Error("tensor '" + name + "' does not fit its byte range");
     }
-    at::Tensor t = at::empty(shape, type);
-    if (nbytes > 0) std::memcpy(t.mutable_data_ptr(), data.data() + range[0], nbytes);
-    tensors[name] = t;
+    tensors[name] = tensor_of(data.subspan(range[0], nbytes), shape, type, file, shared);
   }
   return tensors;
 }
 
-SafeTensors parse(std::span<const std::byte> file, const Wanted& wanted) {
+SafeTensors parse(const std::shared_ptr<const MappedFile>& mapped, const Wanted& wanted, bool shared) {
+  const auto file = mapped->bytes();
   uint64_t header_size = 0;
   if (file.size() < sizeof header_size) throw Error("it ends inside the header");
   std::memcpy(&header_size, file.data(), sizeof header_size);
@@ -94,10 +112,20 @@ SafeTensors parse(std::span<const std::byte> file, const Wanted& wanted) {
                 std::to_string(data.size()));
   }
   const auto sum = out.metadata.find("xxh3");
-  if (sum != out.metadata.end() && sum->second != hex(checksum(data)))
+  if (!shared && sum != out.metadata.end() && sum->second != hex(checksum(data)))
     throw Error("its checksum does not match");
-  out.tensors = read_tensors(header, data, wanted);
+  out.tensors = read_tensors(header, data, wanted, mapped, shared);
   return out;
+}
+
+SafeTensors read(const std::filesystem::path& path, const Wanted& wanted, bool shared) {
+  const auto file = std::make_shared<const MappedFile>(path);
+  try {
+    return parse(file, wanted, shared);
+  } catch (const std::exception& error) {
+    throw Error(path.string() + " is damaged or not a safetensors file: " + error.what() +
+                "; use another copy or an earlier checkpoint");
+  }
 }
 
 }  // namespace
@@ -108,7 +136,11 @@ void save_safetensors(const std::filesystem::path& path, const std::map<std::str
   Checksum sum;
   std::vector<at::Tensor> values;
   uint64_t offset = 0;
-  for (const auto& [name, tensor] : tensors) {
+  // Those of whole lines first, so that each begins at a line: there may be no gaps.
+  std::vector<std::pair<std::string, at::Tensor>> ordered(tensors.begin(), tensors.end());
+  std::stable_partition(ordered.begin(), ordered.end(),
+                        [](const auto& named) { return named.second.nbytes() % kLine == 0; });
+  for (const auto& [name, tensor] : ordered) {
     values.push_back(tensor.detach().cpu().contiguous());
     const auto bytes = bytes_of(values.back());
     sum.update(bytes);
@@ -120,8 +152,9 @@ void save_safetensors(const std::filesystem::path& path, const std::map<std::str
   metadata["xxh3"] = hex(sum.digest());
   header["__metadata__"] = metadata;
   std::string text = header.dump();
-  text.resize((text.size() + 7) / 8 * 8, ' ');  // the values start aligned
-  const uint64_t size = text.size();
+  uint64_t size = 0;
+  text.resize(to_whole_lines(sizeof size + text.size()) - sizeof size, ' ');  // the values start at a line
+  size = text.size();
   AtomicFile file(path);
   file.write(std::string_view(reinterpret_cast<const char*>(&size), sizeof size));
   file.write(text);
@@ -130,13 +163,11 @@ void save_safetensors(const std::filesystem::path& path, const std::map<std::str
 }
 
 SafeTensors load_safetensors(const std::filesystem::path& path, const Wanted& wanted) {
-  const MappedFile file(path);
-  try {
-    return parse(file.bytes(), wanted);
-  } catch (const std::exception& error) {
-    throw Error(path.string() + " is damaged or not a safetensors file: " + error.what() +
-                "; use another copy or an earlier checkpoint");
-  }
+  return read(path, wanted, /*shared=*/false);
+}
+
+SafeTensors map_safetensors(const std::filesystem::path& path, const Wanted& wanted) {
+  return read(path, wanted, /*shared=*/true);
 }
 
 }  // namespace flashlm

@@ -57,30 +57,96 @@ std::string attribute(const std::string& path) {
   return expression;
 }
 
-/// Lines of one block's forward, on `x`; `slot` counts the states used so far.
-void write_block(std::ostream& code, const ModelConfig& config, const std::string& block, int64_t& slot) {
-  const auto weight = [&](const std::string& name) { return attribute(block + "." + name); };
-  const std::string eps = ", eps=self.norm_eps)\n";
-  const auto bit_linear = [&](const std::string& x, const std::string& name) {
-    return "flashlm.bit_linear(" + x + ", " + weight(name + ".weight") + ", None, quantizer=\"" +
-           config.quantizer + "\", activation=\"" + config.activation + "\")";
-  };
-  code << "    m = flashlm.rms_norm(x, " << weight("norm1.scale") << eps;
-  for (size_t i = 0; i < config.dilations.size(); ++i, ++slot) {
-    const std::string layer = "token_mixer.layers." + std::to_string(i);
-    code << "    before = state[" << slot << "]\n"
-         << "    after.append(torch.cat([before, m], 1)[:, m.size(1):])\n"
-         << "    m = flashlm.gated_conv(m, " << weight("token_mixer.norms." + std::to_string(i) + ".scale")
-         << ", " << weight(layer + ".conv_gate.conv.weight") << ", "
-         << weight(layer + ".conv_value.conv.weight") << ", before, dilation=" << config.dilations[i]
-         << ", groups=" << config.groups << eps;
-  }
-  code << "    x = x + " << bit_linear("m", "token_mixer.out_proj") << "\n"
-       << "    n = flashlm.rms_norm(x, " << weight("norm2.scale") << eps  //
-       << "    gated = flashlm.relu2_glu(" << bit_linear("n", "glu.gate_proj") << ", "
-       << bit_linear("n", "glu.up_proj") << ")\n"
-       << "    x = x + " << bit_linear("gated", "glu.down_proj") << "\n";
+/// The product of a ternary layer named `path`, as an expression: bit_linear or packed_linear, and its bias.
+std::string ternary_product(const ModelConfig& config, const std::string& x, const std::string& path,
+                            bool has_norm, const std::string& out_features, bool has_bias = false) {
+  const auto weight = [&](const char* name) { return attribute(path + "." + name); };
+  const std::string norm = has_norm ? weight("norm_scale") : "None";
+  const std::string end = "activation=\"" + config.activation + "\")";
+  std::string product = config.packed ? "flashlm.packed_linear(" + x + ", " + weight("packed") + ", " +
+                                            weight("scale") + ", " + out_features + ", " + norm + ", " + end
+                                      : "flashlm.bit_linear(" + x + ", " + weight("weight") + ", " + norm +
+                                            ", quantizer=\"" + config.quantizer + "\", " + end;
+  return has_bias ? product + " + " + weight("bias") : product;
 }
+
+/// Writes the lines of a block's forward, on `x`, with the states from `state` to `after`.
+class BlockWriter {
+ public:
+  BlockWriter(std::ostream& code, const ModelConfig& config) : code_(code), config_(config) {}
+
+  void write(const std::string& block, int64_t layer) {
+    block_ = block;
+    const bool has_norms = config_.block != "matmulfree";
+    const auto normed = [&](const char* norm) {
+      return has_norms ? "flashlm.rms_norm(x, " + weight(std::string(norm) + ".scale") + eps() : "x";
+    };
+    code_ << "    m = " << normed("norm1") << "\n";
+    config_.mixer(layer) == "mlgru" ? write_mlgru(layer) : write_conv();
+    code_ << "    n = " << normed("norm2") << "\n";
+    write_glu();
+  }
+
+ private:
+  std::string eps() const { return ", eps=self.norm_eps)"; }
+  std::string weight(const std::string& name) const { return attribute(block_ + "." + name); }
+  std::string bit_linear(const std::string& x, const std::string& name, int64_t out,
+                         bool has_bias = false) const {
+    return ternary_product(config_, x, block_ + "." + name, config_.block != "v3", std::to_string(out),
+                           has_bias);
+  }
+
+  void write_conv() {
+    for (size_t i = 0; i < config_.dilations.size(); ++i, ++slot_) {
+      const std::string layer = "token_mixer.layers." + std::to_string(i);
+      code_ << "    before = state[" << slot_ << "]\n"
+            << "    after.append(torch.cat([before, m], 1)[:, m.size(1):])\n"
+            << "    m = flashlm.gated_conv(m, " << weight("token_mixer.norms." + std::to_string(i) + ".scale")
+            << ", " << weight(layer + ".conv_gate.conv.weight") << ", "
+            << weight(layer + ".conv_value.conv.weight") << ", before, dilation=" << config_.dilations[i]
+            << ", groups=" << config_.groups << eps() << "\n";
+    }
+    code_ << "    x = x + " << bit_linear("m", "token_mixer.out_proj", config_.d_model) << "\n";
+  }
+
+  void write_mlgru(int64_t layer) {
+    const auto projection = [&](const char* x, const char* name) {
+      return bit_linear(x, std::string("token_mixer.") + name, config_.d_model,
+                        config_.block == "matmulfree");
+    };
+    const bool hgrn = config_.block == "hgrn-bit";
+    code_ << "    h, last = flashlm.mlgru(" << projection("m", "f_proj") << ", " << projection("m", "c_proj")
+          << ", state[" << slot_ << "].squeeze(1), "
+          << (hgrn ? "lower_bounds[" + std::to_string(layer) + "]" : "None") << ", activation=\"silu\")\n"
+          << "    after.append(last.unsqueeze(1))\n"
+          << "    g = " << projection("m", "g_proj") << "\n";
+    if (hgrn) {
+      code_ << "    gated = flashlm.silu_glu(h, flashlm.rms_norm(g, " << weight("token_mixer.g_norm.scale")
+            << eps() << ")\n";
+    } else {
+      code_ << "    gated = flashlm.sigmoid_glu(g, h)\n";
+    }
+    code_ << "    x = x + " << projection("gated", "o_proj") << "\n";
+    ++slot_;
+  }
+
+  void write_glu() {
+    if (config_.block == "hgrn-bit") {
+      code_ << "    gate, up = torch.chunk(" << bit_linear("n", "glu.gate_up_proj", 2 * config_.d_inner)
+            << ", 2, -1)\n";
+    } else {
+      code_ << "    gate = " << bit_linear("n", "glu.gate_proj", config_.d_inner) << "\n"
+            << "    up = " << bit_linear("n", "glu.up_proj", config_.d_inner) << "\n";
+    }
+    code_ << "    gated = flashlm." << (config_.block == "v3" ? "relu2_glu" : "silu_glu") << "(gate, up)\n"
+          << "    x = x + " << bit_linear("gated", "glu.down_proj", config_.d_model) << "\n";
+  }
+
+  std::ostream& code_;
+  const ModelConfig& config_;
+  std::string block_;
+  int64_t slot_ = 0;  // states used so far
+};
 
 /// The arguments of the head's operators, after h.
 std::string head_arguments(const ModelConfig& config) {
@@ -117,19 +183,32 @@ std::string head_source(const ModelConfig& config) {
     return logits + "flashlm.adaptive_log_prob(h, " + arguments +
            ").index_select(-1, self.head.word_rank)\n\n" + draw_from_logits;
   }
+  if (config.head_quantizer != "none") {
+    ModelConfig head = config;
+    head.quantizer = config.head_quantizer;
+    head.activation = "int8";
+    return logits +
+           ternary_product(head, "h", "head", /*has_norm=*/true, std::to_string(config.vocab_size),
+                           config.head_bias) +
+           "\n\n" + draw_from_logits;
+  }
   return logits + "torch.linear(h, " + (config.tied ? "self.embedding.weight" : "self.head.weight") + ", " +
          (config.head_bias ? "self.head.bias" : "None") + ")\n\n" + draw_from_logits;
 }
 
-std::string source(const ModelConfig& config) {
+std::string source(const ModelConfig& config, bool has_lower_bounds) {
   std::ostringstream code;
   code << "def hidden(self, tokens: Tensor, state: List[Tensor]) -> Tuple[Tensor, List[Tensor]]:\n"
        << "    after: List[Tensor] = []\n"
        << "    x = torch.embedding(self.embedding.weight, tokens) * self.embedding_scale\n";
-  int64_t slot = 0;
+  if (has_lower_bounds) {
+    code << "    p = torch.softmax(self.lower_bounds, 0)\n"
+         << "    lower_bounds = torch.cumsum(p, 0) - p[0]\n";
+  }
+  BlockWriter writer(code, config);
   for (int64_t pass = 0; pass < config.recursions; ++pass) {
     for (int64_t i = 0; i < config.layers; ++i) {
-      write_block(code, config, config.layers == 1 ? "block" : "blocks." + std::to_string(i), slot);
+      writer.write(config.layers == 1 ? "block" : "blocks." + std::to_string(i), i);
     }
   }
   code << "    return flashlm.rms_norm(x, self.final_norm.scale, eps=self.norm_eps), after\n";
@@ -181,12 +260,12 @@ torch::jit::Module to_torchscript(const FlashLM& model) {
   for (const auto& b : model->named_buffers())
     register_at(module, b.key(), b.value().clone(), /*is_buffer=*/true);
   std::vector<int64_t> lengths;
-  for (const auto& history : model->initial_state(1)) lengths.push_back(history.size(1));
+  for (const auto& kept : model->initial_state(1)) lengths.push_back(kept.size(1));
   module.register_attribute("state_lengths", c10::ListType::ofInts(), c10::List<int64_t>(lengths));
   module.register_attribute("d_model", c10::IntType::get(), config.d_model);
   module.register_attribute("norm_eps", c10::FloatType::get(), config.norm_eps);
   module.register_attribute("embedding_scale", c10::FloatType::get(), config.embedding_scale);
-  module.define(source(config), std::make_shared<FlashlmResolver>());
+  module.define(source(config, module.hasattr("lower_bounds")), std::make_shared<FlashlmResolver>());
   module.eval();
   return module;
 }

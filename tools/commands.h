@@ -15,6 +15,8 @@ void add_encode(CLI::App& flashlm);
 void add_evaluate(CLI::App& flashlm);
 void add_export(CLI::App& flashlm);
 void add_generate(CLI::App& flashlm);
+void add_import_hgrn_bit(CLI::App& flashlm);
+void add_pack(CLI::App& flashlm);
 void add_prepare(CLI::App& flashlm);
 
 }  // namespace flashlm

@@ -15,7 +15,9 @@ int main(int argc, char** argv) {
   flashlm::add_decode(app);
   flashlm::add_classes(app);
   flashlm::add_embeddings(app);
+  flashlm::add_import_hgrn_bit(app);
   flashlm::add_convert_head(app);
+  flashlm::add_pack(app);
   flashlm::add_generate(app);
   flashlm::add_evaluate(app);
   flashlm::add_export(app);

@@ -19,15 +19,33 @@ namespace {
 
 struct Options {
   std::string run, prompt, tokenizer;
+  std::vector<int32_t> ids;
   int64_t tokens = 200;
   SamplingOptions sampling;
 };
+
+/// Token ids in, token ids out: a model without a tokenizer at hand.
+void generate_ids(FlashLM& model, const Options& options) {
+  for (const int32_t id : options.ids) {
+    if (id < 0 || id >= model->config().vocab_size) {
+      throw Error("--ids must be in [0, V) = [0, " + std::to_string(model->config().vocab_size) + "), got " +
+                  std::to_string(id));
+    }
+  }
+  constexpr int32_t kNever = -1;
+  generate(model, options.ids, options.tokens, kNever, options.sampling, [](int32_t token) {
+    std::printf("%d ", token);
+    std::fflush(stdout);
+  });
+  std::printf("\n");
+}
 
 void run_generate(Options options) {
   options.sampling.validate();
   if (options.tokens < 0) throw Error("--tokens must be >= 0, got " + std::to_string(options.tokens));
   if (options.prompt == "-") options.prompt.assign(std::istreambuf_iterator<char>(std::cin), {});
   FlashLM model = load_any_model(RunFolder::weights(options.run));
+  if (!options.ids.empty()) return generate_ids(model, options);
   if (options.tokenizer.empty()) options.tokenizer = RunFolder(options.run).tokenizer();
   const auto tokenizer = open_tokenizer(options.tokenizer);
   if (tokenizer->vocab_size() != model->config().vocab_size) {
@@ -53,6 +71,8 @@ void add_generate(CLI::App& flashlm) {
   CLI::App* app = flashlm.add_subcommand("generate", "Writes text with a trained model.");
   app->add_option("run", options->run, "run folder, or a .safetensors file of weights")->required();
   app->add_option("--prompt", options->prompt, "the beginning; '-' reads it from standard input");
+  app->add_option("--ids", options->ids, "instead of a prompt and a tokenizer: token ids, 1,2,3; prints ids")
+      ->delimiter(',');
   app->add_option("--tokens", options->tokens, "most tokens to write")->capture_default_str();
   app->add_option("--temperature", options->sampling.temperature, "0: always the likeliest")
       ->capture_default_str();

@@ -27,11 +27,12 @@ class Declare {
   template <class Field>
   void operator()(const std::string& name, Field& field, const std::string& help) {
     CLI::Option* option = app_.add_option("--" + name, field, help)->capture_default_str()->group(group_);
-    if constexpr (std::is_same_v<Field, std::vector<int64_t>>) {
+    if constexpr (std::is_same_v<Field, std::vector<int64_t>> ||
+                  std::is_same_v<Field, std::vector<std::string>>) {
       // CLI11 captures a list without the brackets by which it knows one when it reads its own file again.
       std::ostringstream list;
       for (const auto& value : field) list << (list.view().empty() ? "[" : ",") << value;
-      option->default_str(list.str() + "]");
+      option->default_str(list.str() + "]")->delimiter(',');
     }
   }
 
@@ -91,6 +92,8 @@ void TrainConfig::validate() const {
   Interval("checkpoint-every", checkpoint_every);
   require(keep_checkpoints >= 1, "keep-checkpoints must be at least 1", keep_checkpoints);
   model.validate();
+  if (model.packed)
+    throw Error("--packed is for inference: train without it, then make a packed file with flashlm pack");
 }
 
 Interval::Interval(const std::string& name, const std::string& text) {
@@ -170,6 +173,23 @@ std::optional<CommandLine> parse_command_line(int argc, const char* const* argv,
     exit_code = 1;
   }
   return std::nullopt;
+}
+
+ModelConfig model_config_from_toml(const std::filesystem::path& path) {
+  TrainConfig config;
+  CLI::App app;
+  app.set_config("--config");
+  app.allow_config_extras(CLI::config_extras_mode::error);
+  config.visit(Declare(app));
+  try {
+    app.parse(std::vector<std::string>{path.string(), "--config"});  // in reverse
+  } catch (const CLI::FileError&) {
+    throw Error("there is no config file " + path.string() + "; the presets are in train/configs");
+  } catch (const CLI::ParseError& error) {
+    throw Error(path.string() + ": " + error.what() + "; see train_flashlm --help for the keys");
+  }
+  config.model.validate();
+  return config.model;
 }
 
 }  // namespace flashlm

@@ -151,4 +151,8 @@ struct CommandLine {
 /// then `exit_code` is set.
 std::optional<CommandLine> parse_command_line(int argc, const char* const* argv, int& exit_code);
 
+/// The model that a TOML file of settings describes, such as a preset. Error: unreadable, or a setting is
+/// unknown or cannot be.
+ModelConfig model_config_from_toml(const std::filesystem::path& path);
+
 }  // namespace flashlm

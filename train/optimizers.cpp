@@ -13,7 +13,7 @@ namespace {
 const std::string kPrefix = "optimizer.";
 
 std::string group_of(const std::string& name, const at::Tensor& parameter) {
-  if (parameter.dim() < 2) return "vectors";
+  if (parameter.dim() < 2 || name == "lower_bounds") return "vectors";
   if (parameter.dim() > 2) return "kernels";
   const bool table = name.find("embedding") != std::string::npos || name.find("head") != std::string::npos;
   return table ? "tables" : "matrices";

@@ -30,7 +30,7 @@ struct OptimizerConfig {
 /// matrices  2-D, except tables                                    NorMuon, or AdamW with decay
 /// tables    2-D, with "embedding" or "head" in their names        AdamW with decay, at embedding_lr
 /// kernels   3-D and more: convolutions                            AdamW with decay
-/// vectors   the rest: scales, biases                              AdamW without decay
+/// vectors   the rest: scales, biases, lower bounds                              AdamW without decay
 ///
 /// A tensor with several names (tied weights) counts once, under the first.
 class Optimizers {

@@ -147,7 +147,8 @@ TEST_CASE("absmean scaling keeps the residual stream near unit size, threshold d
     at::Tensor x = torch::embedding(model->embedding, tokens(2, 64)) * config.embedding_scale;
     for (const auto& child : model->named_modules()) {
       if (auto* block = child.value()->as<BlockImpl>()) {
-        for (int64_t pass = 0; pass < config.recursions; ++pass) x = block->forward(x, nullptr);
+        for (int64_t pass = 0; pass < config.recursions; ++pass)
+          x = block->forward(x, nullptr, /*lower_bound=*/{});
       }
     }
     return x.square().mean().sqrt().item<double>();
