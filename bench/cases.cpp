@@ -373,7 +373,7 @@ Case rms_norm_case(int64_t rows, int64_t width, Pass pass) {
 
 using Glu = at::Tensor (*)(const at::Tensor& gate, const at::Tensor& up);
 
-Case glu_case(const std::string& name, Glu flashlm, Glu torch, int64_t rows, int64_t width, Pass pass) {
+Case glu_case(const std::string& name, Glu ours, Glu eager, int64_t rows, int64_t width, Pass pass) {
   const auto make = [=] {
     // Forward: gate and up in, y out; backward: grad_y, gate and up in, two gradients out.
     const double n = static_cast<double>(rows * width);
@@ -381,8 +381,8 @@ Case glu_case(const std::string& name, Glu flashlm, Glu torch, int64_t rows, int
     Contest contest = passes_over_memory(n * (forward ? 3 : 8), n * (forward ? 3 : 6), pass);
     add_expressions(
         contest, {at::randn({rows, width}), at::randn({rows, width})},
-        [=](const Tensors& t) { return flashlm(t[0], t[1]); },
-        [=](const Tensors& t) { return torch(t[0], t[1]); });
+        [=](const Tensors& t) { return ours(t[0], t[1]); },
+        [=](const Tensors& t) { return eager(t[0], t[1]); });
     return contest;
   };
   return {name + ", " + pass_name(pass), by(rows, width), make};
@@ -619,8 +619,8 @@ std::vector<Case> cases(const Ggml* ggml, int threads) {
       all.push_back(mlgru_case(16, 1024, 512, activation, pass));
   }
   for (const Pass pass : kPasses) all.push_back(rms_norm_case(4096, 256, pass));
-  for (const auto& [name, flashlm, torch] : kGlus) {
-    for (const Pass pass : kPasses) all.push_back(glu_case(name, flashlm, torch, 4096, 683, pass));
+  for (const auto& [name, ours, eager] : kGlus) {
+    for (const Pass pass : kPasses) all.push_back(glu_case(name, ours, eager, 4096, 683, pass));
   }
   for (const char* precision : {"float32", "bfloat16"}) {
     for (const auto& [positions, vocabulary] : kHeads) {

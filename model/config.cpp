@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "model/config.h"
 
+#include <algorithm>
 #include <cmath>
 #include <nlohmann/json.hpp>
 #include <set>
@@ -26,18 +27,23 @@ void ModelConfig::validate() const {
   at_least_1("d-inner", d_inner);
   at_least_1("layers", layers);
   at_least_1("recursions", recursions);
-  at_least_1("kernel-size", kernel_size);
-  at_least_1("groups", groups);
-  for (int64_t dilation : dilations) at_least_1("each of dilations", dilation);
-  require(!dilations.empty(), "dilations must name at least one convolution", "none");
-  require(d_model % groups == 0, "groups must divide d-model = " + std::to_string(d_model),
-          std::to_string(groups));
   require(block == "v3" || block == "matmulfree" || block == "hgrn-bit",
           "block must be 'v3', 'matmulfree' or 'hgrn-bit'", "'" + block + "'");
   require(!mixers.empty(), "mixers must name at least one", "none");
   for (const std::string& mixer : mixers) {
     require(mixer == "conv" || mixer == "mlgru", "each of mixers must be 'conv' or 'mlgru'",
             "'" + mixer + "'");
+  }
+  require(static_cast<int64_t>(mixers.size()) <= layers,
+          "mixers must name at most one for each of layers = " + std::to_string(layers),
+          std::to_string(mixers.size()));
+  if (has_mixer("conv")) {
+    at_least_1("kernel-size", kernel_size);
+    at_least_1("groups", groups);
+    for (int64_t dilation : dilations) at_least_1("each of dilations", dilation);
+    require(!dilations.empty(), "dilations must name at least one convolution", "none");
+    require(d_model % groups == 0, "groups must divide d-model = " + std::to_string(d_model),
+            std::to_string(groups));
   }
   require(quantizer == "absmean" || quantizer == "threshold", "quantizer must be 'absmean' or 'threshold'",
           "'" + quantizer + "'");
@@ -71,6 +77,10 @@ void ModelConfig::validate() const {
           "'" + head + "' and " + (tied ? "true" : "false"));
   require(norm_eps >= 0, "norm-eps must be >= 0", std::to_string(norm_eps));
   require(embedding_std >= 0, "embedding-std must be >= 0", std::to_string(embedding_std));
+}
+
+bool ModelConfig::has_mixer(const std::string& name) const {
+  return std::find(mixers.begin(), mixers.end(), name) != mixers.end();
 }
 
 int64_t ModelConfig::class_count() const {

@@ -64,7 +64,7 @@ struct ModelConfig {
             "a block's activations are made again for its gradients, from its input, kept as 'float32' or "
             "'bfloat16'; 'none': kept");
     visitor("packed", packed, "ternary weights in 2 bits, for inference; made by `flashlm pack`");
-    visitor("norm-eps", norm_eps, "epsilon of every RMSNorm");
+    visitor("norm-eps", norm_eps, "epsilon of the RMSNorms, but for those inside ternary layers: 1e-6");
     visitor("embedding-std", embedding_std, "standard deviation of the embedding table at the start");
     visitor("embedding-scale", embedding_scale,
             "factor on looked-up embeddings (not on the tied output layer)");
@@ -87,6 +87,7 @@ struct ModelConfig {
 
   /// 'conv' or 'mlgru': mixers in turn.
   const std::string& mixer(int64_t layer) const { return mixers[layer % mixers.size()]; }
+  bool has_mixer(const std::string& name) const;
 
   /// C: `classes`, or if that is 0 the square root of V, which costs least.
   int64_t class_count() const;

@@ -90,6 +90,8 @@ FlashLM convert_head(const FlashLM& model, const std::string& head,
                      const std::optional<WordClasses>& classes) {
   torch::NoGradGuard no_grad;
   const std::string& from = model->config().head;
+  if (model->config().packed) throw Error("the model is packed; convert the one that it was made from");
+  if (model->config().head_quantizer != "none") throw Error("a ternary head cannot be converted");
   if (head == "full" && from == "hierarchical") {
     return to_full(model, dynamic_cast<const HierarchicalHead&>(model->head()));
   }

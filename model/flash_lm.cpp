@@ -21,6 +21,14 @@ at::Tensor embed(const at::Tensor& table, const at::Tensor& tokens, double scale
   return scale == 1 ? rows : rows * scale;
 }
 
+ModelConfig checked_config(const SafeTensors& file, const std::string& origin) {
+  const auto format = file.metadata.find("format"), config = file.metadata.find("config");
+  if (format == file.metadata.end() || format->second != "flashlm-model" || config == file.metadata.end()) {
+    throw Error(origin + " is not a FlashLM model (no 'flashlm-model' mark); train_flashlm writes them");
+  }
+  return model_config_from_json(config->second);
+}
+
 }  // namespace
 
 FlashLMImpl::FlashLMImpl(const ModelConfig& config) : config_(config) {
@@ -41,9 +49,7 @@ FlashLMImpl::FlashLMImpl(const ModelConfig& config) : config_(config) {
       blocks->push_back(blocks_.back());
     }
   }
-  bool has_mlgru = false;
-  for (int64_t i = 0; i < config.layers; ++i) has_mlgru |= config.mixer(i) == "mlgru";
-  if (config.block == "hgrn-bit" && has_mlgru) {
+  if (config.block == "hgrn-bit" && config.has_mixer("mlgru")) {
     lower_bounds_ = register_parameter("lower_bounds", torch::zeros({config.layers, config.d_model}));
   }
   final_norm_ = register_module("final_norm", RMSNorm(config.d_model, config.norm_eps));
@@ -124,15 +130,14 @@ void save_model(const FlashLM& model, const std::filesystem::path& path) {
 }
 
 FlashLM load_model(const std::filesystem::path& path) {
-  return model_from(load_safetensors(path), path.string());
+  // Of a file that is read whole the header is read twice.
+  const SafeTensors header = map_safetensors(path, [](const std::string&) { return false; });
+  const bool packed = checked_config(header, path.string()).packed;
+  return model_from(packed ? map_safetensors(path) : load_safetensors(path), path.string());
 }
 
 FlashLM model_from(const SafeTensors& file, const std::string& origin) {
-  const auto format = file.metadata.find("format"), config = file.metadata.find("config");
-  if (format == file.metadata.end() || format->second != "flashlm-model" || config == file.metadata.end()) {
-    throw Error(origin + " is not a FlashLM model (no 'flashlm-model' mark); train_flashlm writes them");
-  }
-  FlashLM model(model_config_from_json(config->second));
+  FlashLM model(checked_config(file, origin));
   load_weights(model, file.tensors, origin);
   return model;
 }
@@ -155,6 +160,11 @@ void load_weights(const FlashLM& model, const std::map<std::string, at::Tensor>&
       throw Error(text.str());
     }
     if (model->config().packed) {
+      if (found->second.scalar_type() != tensor.scalar_type()) {
+        throw Error(origin + ": weight '" + name + "' must be " + c10::toString(tensor.scalar_type()) +
+                    ", got " + c10::toString(found->second.scalar_type()) +
+                    "; make the file anew with flashlm pack");
+      }
       share(name, found->second);
     } else {
       tensor.copy_(found->second);

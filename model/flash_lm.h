@@ -22,12 +22,12 @@ namespace flashlm {
 /// tensors of the block's token mixer (model/layers.h). Zeros mean that nothing came before.
 using State = std::vector<at::Tensor>;
 
-/// FlashLM v3's model, every dimension configurable:
+/// A stack of blocks, by default FlashLM v3's:
 ///   x = E[tokens] · embedding_scale;  `recursions` times: every block in turn;  h = final_norm(x);  then a
 ///   head: v3's logits are h Eᵀ.
 /// With one block the parameters have exactly v3's state-dict names ("block."); with several, "blocks.<i>.".
-/// Weights are drawn from torch's global generator. With config.packed all weights are without values until
-/// load_weights gives them some, and there is no training.
+/// Weights are drawn from torch's global generator. With config.packed, ternary weights and tables are
+/// without values until load_weights gives them some, and there is no training.
 ///
 /// 'hgrn-bit' blocks share `lower_bounds` (layers, D): p = softmax over the layers, and the lower bound of
 /// layer l is p_1 + .. + p_l (from 0 on), so that higher layers forget more slowly (Qin et al. 2023, arXiv
@@ -62,9 +62,9 @@ class FlashLMImpl : public torch::nn::Module {
   at::Tensor embedding;
 
  private:
-  ModelConfig config_;
   at::Tensor run_block(Block& block, const at::Tensor& x, at::Tensor* state, const at::Tensor& lower_bound);
 
+  ModelConfig config_;
   std::vector<Block> blocks_;
   at::Tensor lower_bounds_;
   RMSNorm final_norm_{nullptr};

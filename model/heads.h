@@ -65,7 +65,8 @@ class FullHead : public Head {
   at::Tensor packed, scale;  // buffers of a ternary head that is packed
 
  private:
-  /// The ternary head's weight as bit_linear reads it, in floats; its gradient goes straight through.
+  /// The ternary head's weight as bit_linear reads it, in floats, (V, D), made at each call; its gradient
+  /// goes straight through.
   at::Tensor ternary_weight() const;
 };
 

@@ -67,7 +67,6 @@ FlashLM from_hgrn_bit(const std::map<std::string, at::Tensor>& tensors, const st
   config.d_inner = gate.size(0) / 2;
   config.layers = find(tensors, "model.lower_bounds", 2, origin).size(0);
   config.recursions = 1;
-  config.groups = 1;
   config.quantizer = "absmean";
   config.activation = "int8";
   config.norm_eps = 1e-6;

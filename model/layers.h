@@ -51,7 +51,8 @@ TORCH_MODULE(BitLinear);
 /// Memory for the packed form of an (out, in) weight and its scale, without values.
 std::tuple<at::Tensor, at::Tensor> empty_packed(int64_t out, int64_t in);
 
-/// The epsilon of the norm inside a BitLinear and a ternary head, which no released code makes a setting.
+/// The epsilon of the norm inside a BitLinear and a ternary head: that of FusedBitLinear in the code released
+/// with the MatMul-free LM (a default of its layer_norm_linear_quant_fn). Its later BitLinear has 1e-8.
 constexpr double kLinearNormEps = 1e-6;
 
 /// Weight (D, D/G, K) of a grouped causal convolution. v3's key for it is "conv.weight".

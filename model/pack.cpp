@@ -16,6 +16,11 @@ std::string packed_layer(const std::string& name) {
   return name.ends_with("." + kPacked) ? name.substr(0, name.size() - kPacked.size()) : "";
 }
 
+/// What the ternary layer whose names begin so is quantized by.
+const std::string& quantizer_of(const std::string& layer, const ModelConfig& config) {
+  return layer == "head." ? config.head_quantizer : config.quantizer;
+}
+
 }  // namespace
 
 FlashLM pack(const FlashLM& model) {
@@ -28,9 +33,8 @@ FlashLM pack(const FlashLM& model) {
   for (const auto& [name, tensor] : result->named_weights()) {
     const std::string layer = packed_layer(name);
     if (layer.empty()) continue;
-    const bool of_head = layer == "head.";
     std::tie(weights[name], weights[layer + kScale]) =
-        pack_ternary(weights.at(layer + kWeight), of_head ? config.head_quantizer : config.quantizer);
+        pack_ternary(weights.at(layer + kWeight), quantizer_of(layer, config));
     weights.erase(layer + kWeight);
   }
   load_weights(result, weights, "the float model");
@@ -48,7 +52,7 @@ FlashLM random_packed(ModelConfig config) {
       // A panel is 64 outputs, a line 4 inputs; what a weight has less of them is of no account here.
       const int64_t out = tensor.size(0) * tensor.size(2), in = tensor.size(1) * 4;
       std::tie(tensor, weights.at(layer + kScale)) =
-          pack_ternary(torch::randn({out, in}) * config.embedding_std);
+          pack_ternary(torch::randn({out, in}) * config.embedding_std, quantizer_of(layer, config));
     } else if (tensor.dim() > 1 && tensor.is_floating_point()) {
       tensor.normal_(0, config.embedding_std);
     }

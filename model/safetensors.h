@@ -30,9 +30,9 @@ void save_safetensors(const std::filesystem::path& path, const std::map<std::str
 SafeTensors load_safetensors(const std::filesystem::path& path,
                              const std::function<bool(const std::string&)>& wanted = {});
 
-/// The same, but tensors that begin at a cache line, as all larger ones that save_safetensors wrote do, are
-/// the mapped file itself: to be read only, in memory once they are read, and shared with other processes.
-/// The checksum, which would read them all, is not looked at.
+/// The same, but tensors that begin at a cache line, as those of whole lines that save_safetensors wrote do,
+/// are the mapped file itself: to be read only, in memory once they are read, and shared with other
+/// processes. The checksum, which would read them all, is not looked at.
 SafeTensors map_safetensors(const std::filesystem::path& path,
                             const std::function<bool(const std::string&)>& wanted = {});
 

@@ -62,11 +62,13 @@ std::string ternary_product(const ModelConfig& config, const std::string& x, con
                             bool has_norm, const std::string& out_features, bool has_bias = false) {
   const auto weight = [&](const char* name) { return attribute(path + "." + name); };
   const std::string norm = has_norm ? weight("norm_scale") : "None";
-  const std::string end = "activation=\"" + config.activation + "\")";
-  std::string product = config.packed ? "flashlm.packed_linear(" + x + ", " + weight("packed") + ", " +
-                                            weight("scale") + ", " + out_features + ", " + norm + ", " + end
-                                      : "flashlm.bit_linear(" + x + ", " + weight("weight") + ", " + norm +
-                                            ", quantizer=\"" + config.quantizer + "\", " + end;
+  std::ostringstream end;
+  end << "activation=\"" << config.activation << "\", eps=" << kLinearNormEps << ")";
+  std::string product = config.packed
+                            ? "flashlm.packed_linear(" + x + ", " + weight("packed") + ", " +
+                                  weight("scale") + ", " + out_features + ", " + norm + ", " + end.str()
+                            : "flashlm.bit_linear(" + x + ", " + weight("weight") + ", " + norm +
+                                  ", quantizer=\"" + config.quantizer + "\", " + end.str();
   return has_bias ? product + " + " + weight("bias") : product;
 }
 

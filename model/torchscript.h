@@ -13,9 +13,9 @@ namespace flashlm {
 
 /// The model as a TorchScript module whose code calls the flashlm:: operators, with v3's parameter names and
 ///   forward(tokens) -> logits                    (B, T) int64 -> (B, T, V)
-///   initial_state(batch) -> state                a list of (B, _, D) tensors, zeros: what the token mixers
-///   keep step(tokens, state) -> (logits, state)       any number of tokens that follow those that made
-///   `state` generate(tokens, max_new_tokens, temperature=0.8, top_k=0, top_p=1.0) -> (B, T + max_new_tokens)
+///   initial_state(batch) -> state                a list of (B, _, D) tensors, zeros: see State
+///   step(tokens, state) -> (logits, state)       any number of tokens that follow those that made `state`
+///   generate(tokens, max_new_tokens, temperature=0.8, top_k=0, top_p=1.0) -> (B, T + max_new_tokens)
 /// Sampling uses torch's global generator (torch.manual_seed).
 torch::jit::Module to_torchscript(const FlashLM& model);
 

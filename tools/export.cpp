@@ -16,9 +16,11 @@ namespace {
 
 void run_export(const std::string& run, std::filesystem::path out) {
   const auto weights = RunFolder::weights(run);
-  const RunFolder folder(std::filesystem::is_directory(run) ? std::filesystem::path(run)
-                                                            : weights.parent_path());
-  if (out.empty()) out = folder.torchscript();
+  const RunFolder folder = RunFolder::of(run);
+  if (out.empty()) {
+    out = std::filesystem::is_directory(run) ? folder.torchscript()
+                                             : std::filesystem::path(weights).replace_extension(".pt");
+  }
   std::string tokenizer;
   if (std::filesystem::exists(folder.tokenizer())) tokenizer = read_file(folder.tokenizer());
   export_torchscript(load_any_model(weights), tokenizer, out);
@@ -36,7 +38,9 @@ void add_export(CLI::App& flashlm) {
   auto options = std::make_shared<Options>();
   CLI::App* app = flashlm.add_subcommand("export", "Writes a trained model as a TorchScript file.");
   app->add_option("run", options->run, "run folder, or a .safetensors file of weights")->required();
-  app->add_option("--out", options->out, "file to write; default: model.pt in the run folder");
+  app->add_option(
+      "--out", options->out,
+      "file to write; default: model.pt in the run folder, or beside a .safetensors file its name with .pt");
   app->callback([options] { run_export(options->run, options->out); });
 }
 

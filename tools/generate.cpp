@@ -46,7 +46,7 @@ void run_generate(Options options) {
   if (options.prompt == "-") options.prompt.assign(std::istreambuf_iterator<char>(std::cin), {});
   FlashLM model = load_any_model(RunFolder::weights(options.run));
   if (!options.ids.empty()) return generate_ids(model, options);
-  if (options.tokenizer.empty()) options.tokenizer = RunFolder(options.run).tokenizer();
+  if (options.tokenizer.empty()) options.tokenizer = RunFolder::of(options.run).tokenizer();
   const auto tokenizer = open_tokenizer(options.tokenizer);
   if (tokenizer->vocab_size() != model->config().vocab_size) {
     throw Error(options.tokenizer + " must have the model's " + std::to_string(model->config().vocab_size) +
@@ -70,9 +70,11 @@ void add_generate(CLI::App& flashlm) {
   auto options = std::make_shared<Options>();
   CLI::App* app = flashlm.add_subcommand("generate", "Writes text with a trained model.");
   app->add_option("run", options->run, "run folder, or a .safetensors file of weights")->required();
-  app->add_option("--prompt", options->prompt, "the beginning; '-' reads it from standard input");
+  CLI::Option* prompt =
+      app->add_option("--prompt", options->prompt, "the beginning; '-' reads it from standard input");
   app->add_option("--ids", options->ids, "instead of a prompt and a tokenizer: token ids, 1,2,3; prints ids")
-      ->delimiter(',');
+      ->delimiter(',')
+      ->excludes(prompt);
   app->add_option("--tokens", options->tokens, "most tokens to write")->capture_default_str();
   app->add_option("--temperature", options->sampling.temperature, "0: always the likeliest")
       ->capture_default_str();

@@ -30,14 +30,23 @@ void run_import(const Options& options) {
     }
   }
   const FlashLM model = from_hgrn_bit(tensors, options.files.front());
+  const ModelConfig& config = model->config();
   std::string tokenizer;
-  if (!options.tokenizer.empty()) tokenizer = open_tokenizer(options.tokenizer)->serialized();
+  if (!options.tokenizer.empty()) {
+    const auto opened = open_tokenizer(options.tokenizer);
+    if (opened->vocab_size() != config.vocab_size) {
+      throw Error(options.tokenizer + " must have the model's " + std::to_string(config.vocab_size) +
+                  " entries, got " + std::to_string(opened->vocab_size()));
+    }
+    tokenizer = opened->serialized();
+  }
   std::filesystem::create_directories(options.out);
   if (!tokenizer.empty()) write_file(folder.tokenizer(), tokenizer);
   save_model(model, folder.model());
-  std::printf("%s: MatMul-free LM of %ld layers, %ld x %ld, %.0fM parameters, %s tokenizer\n",
-              options.out.c_str(), model->config().layers, model->config().vocab_size,
-              model->config().d_model, static_cast<double>(model->parameter_count()) * 1e-6,
+  std::printf("%s: MatMul-free LM of %lld layers, %lld x %lld, %.0fM parameters, %s tokenizer\n",
+              options.out.c_str(), static_cast<long long>(config.layers),
+              static_cast<long long>(config.vocab_size), static_cast<long long>(config.d_model),
+              static_cast<double>(model->parameter_count()) * 1e-6,
               tokenizer.empty() ? "without a" : "with its");
 }
 

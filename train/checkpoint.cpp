@@ -68,10 +68,9 @@ void load_checkpoint(const std::filesystem::path& path, const Checkpointed& stat
 
 FlashLM load_any_model(const std::filesystem::path& path) {
   const auto metadata = map_safetensors(path, [](const std::string&) { return false; }).metadata;
-  const auto config = metadata.find("config");
-  const bool packed = config != metadata.end() && model_config_from_json(config->second).packed;
-  SafeTensors file = packed ? map_safetensors(path) : load_safetensors(path);
-  if (file.metadata["format"] != kFormat) return model_from(file, path.string());
+  const auto format = metadata.find("format");
+  if (format == metadata.end() || format->second != kFormat) return load_model(path);
+  const SafeTensors file = load_safetensors(path);
   FlashLM model(model_config_from_json(file.metadata.at("config")));
   load_weights(model, model_weights(file), path.string());
   return model;

@@ -28,9 +28,10 @@ struct OptimizerConfig {
 
 /// group     parameters                                            trained by
 /// matrices  2-D, except tables                                    NorMuon, or AdamW with decay
-/// tables    2-D, with "embedding" or "head" in their names        AdamW with decay, at embedding_lr
+/// tables    2-D, with "embedding" or "head" in their names,       AdamW with decay, at embedding_lr
+///           a ternary head too
 /// kernels   3-D and more: convolutions                            AdamW with decay
-/// vectors   the rest: scales, biases, lower bounds                              AdamW without decay
+/// vectors   the rest: scales, biases, lower bounds                AdamW without decay
 ///
 /// A tensor with several names (tied weights) counts once, under the first.
 class Optimizers {

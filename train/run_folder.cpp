@@ -25,6 +25,10 @@ std::vector<std::filesystem::path> RunFolder::checkpoint_files() const {
   return files;
 }
 
+RunFolder RunFolder::of(const std::filesystem::path& path) {
+  return RunFolder(std::filesystem::is_directory(path) ? path : path.parent_path());
+}
+
 std::filesystem::path RunFolder::weights(const std::filesystem::path& path) {
   if (!std::filesystem::exists(path)) {
     throw Error("there is no run or model " + path.string() + "; train one with train_flashlm --out " +

@@ -27,6 +27,9 @@ class RunFolder {
   /// The checkpoints there are, oldest first.
   std::vector<std::filesystem::path> checkpoint_files() const;
 
+  /// The run folder that `path` names, itself or by a file of weights in it.
+  static RunFolder of(const std::filesystem::path& path);
+
   /// The weights to use: the finished model's, or else the newest checkpoint's. `path` may be a run folder or
   /// a .safetensors file itself. Throws Error if there is none.
   static std::filesystem::path weights(const std::filesystem::path& path);

@@ -139,6 +139,9 @@ void Trainer::build_model(const std::filesystem::path& start, bool resume) {
     const bool classes_unknown = config.head == "hierarchical" && config.classes == 0;
     FlashLM from{nullptr};
     if (!resume || classes_unknown) from = load_any_model(start);  // a checkpoint is read again, whole, later
+    if (from && from->config().packed) {
+      throw Error(start.string() + " is packed, for inference; start from the model that it was made from");
+    }
     if (classes_unknown) config.classes = from->config().classes;
     model_ = FlashLM(config);
     if (!resume) load_weights(model_, from->named_weights(), start.string());

@@ -2,10 +2,11 @@
 """The MatMul-free LM as a user has it: train, resume, evaluate, generate, export, pack, import."""
 
 import json
+import shutil
 
 import pytest
 import torch
-from programs import run, succeed
+from programs import ROOT, run, succeed
 from safetensors.torch import load_file, save_file
 
 MATMULFREE = """
@@ -63,7 +64,15 @@ def test_packed_it_says_the_same_in_less(trained, dataset, tmp_path):
     words = ("--ids", "5,6,7", "--tokens", 5, "--temperature", 0)
     ids = succeed("flashlm", "generate", packed, *words)
     assert ids == succeed("flashlm", "generate", trained, *words) and len(ids.split()) == 5
-    for tool, more in (("pack", ("--out", tmp_path / "twice.safetensors")), ("generate", ("--ids", "300"))):
+    shutil.copy(trained / "tokenizer.model", tmp_path)  # found beside it, as in the run folder
+    text = ("--prompt", "the", "--tokens", 5, "--temperature", 0)
+    assert succeed("flashlm", "generate", packed, *text) == succeed("flashlm", "generate", trained, *text)
+    assert "with its tokenizer" in succeed("flashlm", "export", packed)
+    succeed("flashlm", "export", trained, "--out", tmp_path / "floats.pt")
+    assert packed.with_suffix(".pt").stat().st_size < (tmp_path / "floats.pt").stat().st_size
+    for tool, more in (("pack", ("--out", tmp_path / "twice.safetensors")), ("generate", ("--ids", "300")),
+                       ("generate", ("--ids", "3", "--prompt", "the")),
+                       ("convert-head", ("--head", "full", "--out", tmp_path / "full.safetensors"))):
         refused = run("flashlm", tool, packed, *more)
         assert refused.returncode == 1 and len(refused.stderr.splitlines()) == 1, refused.stderr
 
@@ -73,6 +82,10 @@ def test_packed_it_is_not_trained(trained, dataset, tmp_path):
                   "--packed", "true")
     assert refused.returncode == 1 and "--packed is for inference" in refused.stderr
     assert not (tmp_path / "run").exists()
+    succeed("flashlm", "pack", trained, "--out", tmp_path / "packed.safetensors")
+    refused = run("train_flashlm", "--config", trained / "config.toml", "--data", dataset, "--out", tmp_path / "run",
+                  "--init", tmp_path / "packed.safetensors")
+    assert refused.returncode == 1 and "is packed, for inference" in refused.stderr
 
 
 def test_a_packed_model_of_random_weights(tmp_path):
@@ -112,6 +125,8 @@ def test_import_of_a_released_checkpoint_in_parts(dataset, tmp_path):
     assert loss_of(out, dataset) > 0
     assert succeed("flashlm", "generate", out, "--prompt", "the", "--tokens", 4)
     succeed("flashlm", "export", out)
+    refused = run("flashlm", "import-hgrn-bit", *parts, "--out", tmp_path / "half", "--tokenizer", "gpt2:.corpus/gpt2", cwd=ROOT)
+    assert refused.returncode == 1 and "must have the model's 300 entries, got 50257" in refused.stderr
     refused = run("flashlm", "import-hgrn-bit", parts[0], "--out", tmp_path / "half")
     assert refused.returncode == 1 and "has no tensor" in refused.stderr and len(refused.stderr.splitlines()) == 1
     assert not (tmp_path / "half").exists()
