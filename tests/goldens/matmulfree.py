@@ -50,6 +50,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from v3 import StraightThrough, causal_conv, rms_norm
 
 BATCH = 2
 COMMON = {"quantizer": "absmean", "activation": "int8", "router": False, "head": "full"}
@@ -81,22 +82,6 @@ ROW_MARGINS = {"matmulfree": 1.8e-4, "hgrn_bit": 2.9e-4, "hybrid": 6.3e-4}
 WEIGHT_MARGIN = 2.4e-5
 
 
-def rms_norm(x, scale, eps):
-    return x / torch.sqrt((x * x).mean(dim=-1, keepdim=True) + eps) * scale
-
-
-class StraightThrough(torch.autograd.Function):
-    """forward: the second argument; backward: the gradient goes to the first, unchanged."""
-
-    @staticmethod
-    def forward(ctx, value, quantized):
-        return quantized.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad, None
-
-
 def recurrence(f, c):
     """h_t = f_t h_{t-1} + (1 - f_t) c_t from h = 0, over the second dimension."""
     h, out = torch.zeros_like(f[:, 0]), []
@@ -104,22 +89,6 @@ def recurrence(f, c):
         h = f[:, t] * h + (1 - f[:, t]) * c[:, t]
         out.append(h)
     return torch.stack(out, dim=1)
-
-
-def causal_conv(x, weight, dilation, groups):
-    """out[t] = sum over k of weight[..., k] applied to x[t - (K-1-k)*dilation], zeros before the start."""
-    batch, time, d = x.shape
-    taps = weight.shape[2]
-    grouped = weight.view(groups, d // groups, d // groups, taps)
-    out = torch.zeros_like(x)
-    for k in range(taps):
-        lag = (taps - 1 - k) * dilation
-        if lag >= time:
-            continue
-        shifted = torch.cat([x.new_zeros(batch, lag, d), x[:, : time - lag]], dim=1)
-        per_group = shifted.view(batch, time, groups, d // groups)
-        out = out + torch.einsum("btgi,goi->btgo", per_group, grouped[..., k]).reshape(batch, time, d)
-    return out
 
 
 class Model:
