@@ -35,6 +35,18 @@ void for_each_table_with(int64_t Table<float>::*panel, const F& f) {
   }
 }
 
+/// The table of the level that every machine runs, whose bits the others are held to.
+template <class T>
+const Table<T>& baseline();
+template <>
+inline const Table<float>& baseline<float>() {
+  return levels().first[0].float_table();
+}
+template <>
+inline const Table<double>& baseline<double>() {
+  return levels().first[0].double_table();
+}
+
 /// The T of a Table<T>, for decltype.
 template <class T>
 T element_of(const Table<T>&);

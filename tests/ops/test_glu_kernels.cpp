@@ -80,17 +80,6 @@ struct Results {
   bool operator==(const Results&) const = default;
 };
 
-template <class T>
-const Table<T>& baseline();
-template <>
-const Table<float>& baseline<float>() {
-  return levels().first[0].float_table();
-}
-template <>
-const Table<double>& baseline<double>() {
-  return levels().first[0].double_table();
-}
-
 }  // namespace
 
 TEST_CASE("gated linear units equal their formulas at every length, with the same bits on every level",

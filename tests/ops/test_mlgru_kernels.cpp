@@ -113,17 +113,6 @@ void require_channel(const Arrays<T>& in, const Results<T>& got, int64_t i) {
   if (silu) require_close(got.grad_lower_bound[i], grad_bound);
 }
 
-template <class T>
-const Table<T>& baseline();
-template <>
-const Table<float>& baseline<float>() {
-  return levels().first[0].float_table();
-}
-template <>
-const Table<double>& baseline<double>() {
-  return levels().first[0].double_table();
-}
-
 }  // namespace
 
 TEST_CASE("mlgru equals its formulas at every width and length, with the same bits on every level",
