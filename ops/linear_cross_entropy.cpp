@@ -197,8 +197,8 @@ constexpr int64_t kBlockWords = 256;
 constexpr int64_t kBlockStride = kBlockWords + 16;
 // Rows of a task of the backward pass: bounds the slabs' partial gradients of h.
 constexpr int64_t kTaskRows = 2 * kBlockRows;
-// Logits that are kept at once, as long as they are kBlockRows positions' at least.
-constexpr int64_t kKeptLogits = 1 << 24;
+// Bytes of what is kept of the logits at once, as long as they are kBlockRows positions' at least.
+constexpr int64_t kKeptBytes = 1 << 26;
 
 /// The work is cut by its shape alone, and what tasks find is combined in their order. The vocabulary: into
 /// blocks of words, and these into slabs of consecutive blocks. The rows: into groups, as many as make 16
@@ -309,6 +309,7 @@ template <class T>
 struct PlainProducts {
   using Value = T;
   using Packed = T;
+  using Kept = T;
   struct Left {
     const T* first;
     int64_t row, column;
@@ -340,6 +341,7 @@ struct PlainProducts {
 struct Bfloat16Products {
   using Value = float;
   using Packed = int32_t;
+  using Kept = uint16_t;
   using Left = kernels::PairRows;
 
   static const kernels::Table<float>& table() { return kernels::table<float>(); }
@@ -431,17 +433,62 @@ void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t byt
 #endif
 }
 
-/// The logits of a chunk of rows, block by block.
-template <class T>
-struct Logits {
-  Logits(const Cut& cut, int64_t rows) : capacity(rows), memory(rows * cut.blocks * kBlockStride) {
-    prefer_huge_pages(memory.data, memory.size * static_cast<int64_t>(sizeof(T)));
+/// What the forward pass leaves to the backward pass of the logits of a chunk of rows, block by block: the
+/// logits themselves, or where their gradients will be rounded to bfloat16 anyhow, e^(z - max) in bfloat16,
+/// with max as it was after the block.
+template <class P>
+struct KeptLogits {
+  using T = typename P::Value;
+  using Kept = typename P::Kept;
+  static constexpr bool kRounded = !std::is_same_v<Kept, T>;
+
+  KeptLogits(const Cut& cut, int64_t rows)
+      : capacity(rows), memory(rows * cut.blocks * kBlockStride), max(kRounded ? rows * cut.blocks : 0) {
+    prefer_huge_pages(memory.data, memory.size * static_cast<int64_t>(sizeof(Kept)));
   }
-  T* block(int64_t row, int64_t word) const {
-    return memory.data + (word / kBlockWords * capacity + row) * kBlockStride;
+
+  /// Rows of a block, as many as its stride, lie in memory; rows are counted from the chunk's first.
+  int64_t offset(int64_t row, int64_t word) const { return word / kBlockWords * capacity + row; }
+  Kept* block(int64_t row, int64_t word) const { return memory.data + offset(row, word) * kBlockStride; }
+
+  /// Where the logits of a block are to be computed.
+  T* logits(int64_t row, int64_t word, T* scratch) const {
+    if constexpr (kRounded) {
+      return scratch;
+    } else {
+      return block(row, word);
+    }
   }
+
+  /// Takes them in z into the rows' statistics, and keeps them.
+  void add(int64_t row, int64_t rows, int64_t word, int64_t words, const T* z, T* row_max, T* sum_exp,
+           T* sum_z) const {
+    if constexpr (kRounded) {
+      P::table().cross_entropy_bf16(rows, words, z, kBlockStride, row_max, sum_exp, sum_z, block(row, word),
+                                    kBlockStride);
+      std::copy_n(row_max, rows, max.data + offset(row, word));
+    } else {
+      P::table().cross_entropy(rows, words, z, kBlockStride, row_max, sum_exp, sum_z);
+    }
+  }
+
+  /// factor p - shift, in place or in scratch.
+  T* gradient(int64_t row, int64_t rows, int64_t word, int64_t words, const T* lse, const T* factor,
+              const T* shift, T* scratch) const {
+    if constexpr (kRounded) {
+      P::table().cross_entropy_bf16_backward(rows, words, block(row, word), kBlockStride,
+                                             max.data + offset(row, word), lse, factor, shift, scratch,
+                                             kBlockStride);
+      return scratch;
+    } else {
+      P::table().cross_entropy_backward(rows, words, block(row, word), kBlockStride, lse, factor, shift);
+      return block(row, word);
+    }
+  }
+
   int64_t capacity;
-  Scratch<T> memory;
+  Scratch<Kept> memory;
+  Scratch<T> max;
 };
 
 // ---- forward ----
@@ -454,14 +501,14 @@ struct Statistics {
   Scratch<T> max, sum_exp, sum_z, z_target;
 };
 
-/// The rows in [begin, end), all words. Keeps the logits if there is room for them.
+/// The rows in [begin, end), all words.
 template <class P, class T = typename P::Value>
 void scan_vocabulary(const Problem& p, const Cut& cut, const LeftOfLogits<P>& h, int64_t begin, int64_t end,
-                     Statistics<T>& s, const Logits<typename P::Value>* kept) {
+                     Statistics<T>& s, const KeptLogits<P>* kept) {
   const int64_t groups = cut.groups_of(end - begin);
   at::parallel_for(0, cut.slabs * groups, 1, [&](int64_t first, int64_t last) {
     Scratch<typename P::Packed> packed(P::right_size(p.width, kBlockWords));
-    Scratch<T> scratch(kept ? 0 : kBlockRows * kBlockStride);
+    Scratch<T> scratch(kBlockRows * kBlockStride);
     for_each_task(first, last, groups, begin, end, [&](int64_t slab, int64_t, int64_t from, int64_t to) {
       T* max = s.max.data + slab * p.rows;
       T* sum_exp = s.sum_exp.data + slab * p.rows;
@@ -473,9 +520,13 @@ void scan_vocabulary(const Problem& p, const Cut& cut, const LeftOfLogits<P>& h,
         P::right_transposed(p.width, words, p.weight.template const_data_ptr<T>() + word * p.width,
                             packed.data);
         for_each_row_block(from, to, [&](int64_t row, int64_t rows) {
-          T* z = kept ? kept->block(row - begin, word) : scratch.data;
+          T* z = kept ? kept->logits(row - begin, word, scratch.data) : scratch.data;
           block_logits<P>(p, h.blocks[row / kBlockRows], rows, word, words, packed.data, z);
-          P::table().cross_entropy(rows, words, z, kBlockStride, max + row, sum_exp + row, sum_z + row);
+          if (kept) {
+            kept->add(row - begin, rows, word, words, z, max + row, sum_exp + row, sum_z + row);
+          } else {
+            P::table().cross_entropy(rows, words, z, kBlockStride, max + row, sum_exp + row, sum_z + row);
+          }
           for_each_target(p, row, rows, word, words, z,
                           [&](int64_t r, T z_target) { s.z_target.data[r] = z_target; });
         });
@@ -560,7 +611,8 @@ ThreeTensors forward_cpu(const Tensor& h, const Tensor& weight, const OptionalTe
 /// The gradient of row r's logits is factor p - shift - [at the target] hit.
 template <class T>
 struct RowGradients {
-  explicit RowGradients(const Problem& p) : lse(p.rows), factor(p.rows), shift(p.rows), hit(p.rows) {}
+  explicit RowGradients(const Problem& p)
+      : lse(p.rows), factor(p.rows), shift(p.rows), hit(p.rows), at_target(p.rows) {}
 
   /// grad: of the row's loss, before the mean is taken.
   void set(const Problem& p, const Options& o, int64_t r, double lse_r, double grad) {
@@ -570,8 +622,12 @@ struct RowGradients {
     shift[r] = static_cast<T>(grad * o.label_smoothing / static_cast<double>(p.words));
     hit[r] = static_cast<T>(grad * (1 - o.label_smoothing));
   }
+  /// To be called after set, where the target's logit is known: its own gradient.
+  void set_target(int64_t r, T z_target) {
+    at_target[r] = factor[r] * std::exp(z_target - lse[r]) - shift[r] - hit[r];
+  }
 
-  std::vector<T> lse, factor, shift, hit;
+  std::vector<T> lse, factor, shift, hit, at_target;
 };
 
 template <class T>
@@ -599,12 +655,11 @@ struct Gradients {
   T *h, *weight_parts, *bias_parts;
 };
 
-/// The gradients from the rows in [begin, end), a chunk. Logits that were kept become their gradients;
-/// without them they are computed again.
+/// The gradients from the rows in [begin, end), a chunk. Logits that were not kept are computed again.
 template <class P, class T = typename P::Value>
 void backward_chunk(const Problem& p, const Cut& cut, const LeftOfLogits<P>& h, const RowGradients<T>& g,
                     int64_t begin, int64_t end, const Gradients<T>& grad,
-                    const Logits<typename P::Value>* kept) {
+                    const KeptLogits<P>* kept) {
   const int64_t width = p.width, rows_in_chunk = end - begin;
   const int64_t right_block = P::right_size(kBlockRows, width);
   Scratch<typename P::Packed> right_h(
@@ -623,7 +678,7 @@ void backward_chunk(const Problem& p, const Cut& cut, const LeftOfLogits<P>& h, 
   };
   const int64_t groups = cut.groups_of(rows_in_chunk);
   at::parallel_for(0, cut.slabs * groups, 1, [&](int64_t first, int64_t last) {
-    Scratch<T> scratch(kept ? 0 : kBlockRows * kBlockStride);
+    Scratch<T> scratch(kBlockRows * kBlockStride);
     Scratch<typename P::Packed> columns(kept ? 0 : P::right_size(width, kBlockWords)),
         rows_of_weight(grad.h ? P::right_size(kBlockWords, width) : 0),
         left(P::left_size(kBlockRows, kBlockWords));
@@ -634,11 +689,18 @@ void backward_chunk(const Problem& p, const Cut& cut, const LeftOfLogits<P>& h, 
             if (!kept) P::right_transposed(width, words, weight, columns.data);
             if (grad.h) P::right(words, width, weight, rows_of_weight.data);
             for_each_row_block(from, to, [&](int64_t row, int64_t rows) {
-              T* z = kept ? kept->block(row - begin, word) : scratch.data;
-              if (!kept) block_logits<P>(p, h.blocks[row / kBlockRows], rows, word, words, columns.data, z);
-              P::table().cross_entropy_backward(rows, words, z, kBlockStride, g.lse.data() + row,
-                                                g.factor.data() + row, g.shift.data() + row);
-              for_each_target(p, row, rows, word, words, z, [&](int64_t r, T& dz) { dz -= g.hit[r]; });
+              const T *lse = g.lse.data() + row, *factor = g.factor.data() + row,
+                      *shift = g.shift.data() + row;
+              T* z = scratch.data;
+              if (kept) {
+                z = kept->gradient(row - begin, rows, word, words, lse, factor, shift, z);
+                for_each_target(p, row, rows, word, words, z,
+                                [&](int64_t r, T& dz) { dz = g.at_target[r]; });
+              } else {
+                block_logits<P>(p, h.blocks[row / kBlockRows], rows, word, words, columns.data, z);
+                P::table().cross_entropy_backward(rows, words, z, kBlockStride, lse, factor, shift);
+                for_each_target(p, row, rows, word, words, z, [&](int64_t r, T& dz) { dz -= g.hit[r]; });
+              }
               if (grad.h) {
                 P::multiply(rows, width, words, P::left(rows, words, z, kBlockStride, left.data),
                             rows_of_weight.data, grad_h_of(slab, row), width,
@@ -714,10 +776,11 @@ std::tuple<ThreeTensors, ThreeTensors> forward_backward_as(const Problem& p, con
   const Cut cut(p.words, p.rows);
   const LeftOfLogits<P> h(p);
   const GradientTensors<T> grads(p, cut, output_mask);
-  const int64_t affordable = kKeptLogits / (cut.blocks * kBlockStride) / kBlockRows * kBlockRows;
+  const int64_t bytes_of_row = cut.blocks * kBlockStride * static_cast<int64_t>(sizeof(typename P::Kept));
+  const int64_t affordable = kKeptBytes / bytes_of_row / kBlockRows * kBlockRows;
   const int64_t chunk =
       std::min({std::clamp(affordable, kBlockRows, cut.groups * kTaskRows), round_up(p.rows, kBlockRows)});
-  const Logits<T> kept(cut, chunk);
+  const KeptLogits<P> kept(cut, chunk);
   Statistics<T> s(cut.slabs, p.rows);
   Losses losses(p);
   RowGradients<T> g(p);
@@ -725,7 +788,10 @@ std::tuple<ThreeTensors, ThreeTensors> forward_backward_as(const Problem& p, con
     const int64_t end = std::min(p.rows, row + chunk);
     scan_vocabulary<P>(p, cut, h, row, end, s, &kept);
     losses.finish(p, cut, o, row, end, s);
-    for (int64_t r = row; r < end; ++r) g.set(p, o, r, losses.lse[r], /*grad=*/1);
+    for (int64_t r = row; r < end; ++r) {
+      g.set(p, o, r, losses.lse[r], /*grad=*/1);
+      g.set_target(r, s.z_target.data[r]);
+    }
     backward_chunk<P>(p, cut, h, g, row, end, grads.pointers(), &kept);
   }
   return {losses.reduced<T>(p, o, shape), grads.sums()};

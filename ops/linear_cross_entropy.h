@@ -27,8 +27,9 @@ namespace flashlm {
 /// `precision` says what the products multiply, here the logits and, going back, the two products of their
 /// gradient with weight and with h. All else is float32 (float64 for float64 inputs):
 ///   "float32"   the values as they are
-///   "bfloat16"  operands rounded to bfloat16, sums in float32, at twice the rate. With AVX512-BF16; a CPU
-///               without such an instruction, and float64, take "float32".
+///   "bfloat16"  operands rounded to bfloat16, sums in float32, at twice the rate; the probabilities that a
+///               scalar loss keeps for its gradients (below) too. With AVX512-BF16; a CPU without such an
+///               instruction, and float64, take "float32".
 ///
 /// The vocabulary is cut into blocks of 256 words, and those into S slabs, 32 at most. Where S is small the
 /// rows are cut too, into G groups of 512 or more, so that there are up to 16 tasks for the threads; G = 1
@@ -36,13 +37,14 @@ namespace flashlm {
 ///
 /// Without gradients, one pass keeps a running log-sum-exp per position. For a scalar loss ("mean", "sum")
 /// under autograd the forward pass computes the gradients too, by chunks of rows (as Liger Kernel, arXiv
-/// 2410.10989): a chunk's logits are kept between their log-sum-exp and their gradient, and the backward pass
-/// multiplies by the gradient of the loss. For "none" that gradient comes first, and the backward pass
+/// 2410.10989): a chunk's logits, in "bfloat16" their exponentials, are kept between their log-sum-exp and
+/// their gradient, and the backward pass multiplies by the gradient of the loss. For "none" that gradient comes first, and the backward pass
 /// computes each block's logits again (as Wijmans et al. 2024, arXiv 2411.09009), four products instead of
 /// three. Extra memory, in values of 4 bytes (8 for float64), with P threads:
 ///   forward                 3 S N + 256 P (D + 272)
 ///   gradients, "none"       (S + 1) G · 512 D + 256 P (2 D + 272), beside the gradients; G V D more if G > 1
-///   gradients of a scalar   the sum of both, and the logits of a chunk: 2^24 or, if more, 273 V
+///   gradients of a scalar   the sum of both, and a chunk's logits: 2^26 bytes or, if more, 273 V values (of
+///                           2 bytes in "bfloat16")
 /// and N D more for a copy of h if positions are ignored. bfloat16 tensors are computed in float32, on copies
 /// of h and weight. Precision "bfloat16" packs h once, N D / 2, and takes no more than the above otherwise.
 /// Double backward is refused.

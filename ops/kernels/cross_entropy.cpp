@@ -4,25 +4,36 @@
 #include "ops/kernels/families.h"
 #include "ops/kernels/vec.h"
 
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
 namespace flashlm::kernels::FLASHLM_ISA {
 namespace {
 
-/// The sum of e^(z - max) over one row.
-template <class T>
-T sum_of_exp(int64_t cols, const T* z, T max) {
+/// The sum of e^(z - max) over one row; keep(i, e, n) gets n <= kLanes of them at a time, of columns i on.
+template <class T, class Keep>
+T sum_of_exp(int64_t cols, const T* z, T max, const Keep& keep) {
   Vec<T> sum = {};
   int64_t i = 0;
-  for (; i + kLanes<T> <= cols; i += kLanes<T>) sum += vec_exp(load(z + i) - max);
+  for (; i + kLanes<T> <= cols; i += kLanes<T>) {
+    const Vec<T> e = vec_exp(load(z + i) - max);
+    sum += e;
+    keep(i, e, kLanes<T>);
+  }
   T total = reduce_add<T>(sum);
   if (i == cols) return total;
   const Vec<T> last = vec_exp(load_first(z + i, cols - i) - max);
+  keep(i, last, cols - i);
   for (int64_t lane = 0; lane < cols - i; ++lane) total += last[lane];
   return total;
 }
 
 // When a block raises the maximum, what was summed before shrinks by e^(old maximum - new maximum).
-template <class T>
-void cross_entropy(int64_t rows, int64_t cols, const T* z, int64_t z_row, T* max, T* sum_exp, T* sum_z) {
+// keep(r, i, e, n) gets what sum_of_exp hands over of row r.
+template <class T, class Keep>
+void add_block(int64_t rows, int64_t cols, const T* z, int64_t z_row, T* max, T* sum_exp, T* sum_z,
+               const Keep& keep) {
   for (int64_t r = 0; r < rows; ++r, z += z_row) {
     Vec<T> highest = broadcast(max[r]), sum = {};
     int64_t i = 0;
@@ -37,10 +48,17 @@ void cross_entropy(int64_t rows, int64_t cols, const T* z, int64_t z_row, T* max
       total += z[i];
     }
     const T shrink = vec_exp(broadcast(max[r] - new_max))[0];
-    sum_exp[r] = sum_exp[r] * shrink + sum_of_exp(cols, z, new_max);
+    const T sum_of_block =
+        sum_of_exp(cols, z, new_max, [&](int64_t at, Vec<T> e, int64_t n) { keep(r, at, e, n); });
+    sum_exp[r] = sum_exp[r] * shrink + sum_of_block;
     sum_z[r] += total;
     max[r] = new_max;
   }
+}
+
+template <class T>
+void cross_entropy(int64_t rows, int64_t cols, const T* z, int64_t z_row, T* max, T* sum_exp, T* sum_z) {
+  add_block(rows, cols, z, z_row, max, sum_exp, sum_z, [](int64_t, int64_t, Vec<T>, int64_t) {});
 }
 
 template <class T>
@@ -56,12 +74,44 @@ void cross_entropy_backward(int64_t rows, int64_t cols, T* z, int64_t z_row, con
   }
 }
 
+#if defined(__AVX512BF16__)
+inline __mmask16 first_lanes(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
+
+void cross_entropy_bf16(int64_t rows, int64_t cols, const float* z, int64_t z_row, float* max, float* sum_exp,
+                        float* sum_z, uint16_t* kept, int64_t kept_row) {
+  add_block(rows, cols, z, z_row, max, sum_exp, sum_z, [&](int64_t r, int64_t i, Vec<float> e, int64_t n) {
+    _mm256_mask_storeu_epi16(kept + r * kept_row + i, first_lanes(n), (__m256i)_mm512_cvtneps_pbh((__m512)e));
+  });
+}
+
+void cross_entropy_bf16_backward(int64_t rows, int64_t cols, const uint16_t* kept, int64_t kept_row,
+                                 const float* max, const float* lse, const float* factor, const float* shift,
+                                 float* grad_z, int64_t z_row) {
+  for (int64_t r = 0; r < rows; ++r, kept += kept_row, grad_z += z_row) {
+    const float scale = factor[r] * vec_exp(broadcast(max[r] - lse[r]))[0];
+    for (int64_t i = 0; i < cols; i += kLanes<float>) {
+      const int64_t n = min_of(kLanes<float>, cols - i);
+      const __m256i halves = _mm256_maskz_loadu_epi16(first_lanes(n), kept + i);
+      // Unmasked, GCC 12 warns (its bug 105593).
+      const auto bits = (Vec<int32_t>)_mm512_maskz_cvtepu16_epi32(0xffff, halves) << 16;
+      store_up_to<float>(grad_z + i, scale * (Vec<float>)bits - shift[r], n);
+    }
+  }
+}
+#endif
+
 }  // namespace
 
 template <class T>
 void add_cross_entropy(Table<T>& table) {
   table.cross_entropy = cross_entropy<T>;
   table.cross_entropy_backward = cross_entropy_backward<T>;
+#if defined(__AVX512BF16__)
+  if constexpr (sizeof(T) == sizeof(float)) {
+    table.cross_entropy_bf16 = cross_entropy_bf16;
+    table.cross_entropy_bf16_backward = cross_entropy_bf16_backward;
+  }
+#endif
 }
 template void add_cross_entropy(Table<float>&);
 template void add_cross_entropy(Table<double>&);

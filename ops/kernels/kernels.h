@@ -114,6 +114,16 @@ struct Table {
   /// z becomes factor * e^(z - lse) - shift, with lse, factor and shift (rows).
   void (*cross_entropy_backward)(int64_t rows, int64_t cols, T* z, int64_t z_row, const T* lse,
                                  const T* factor, const T* shift);
+
+  /// cross_entropy, and what it sums, rounded to bfloat16: kept[r * kept_row + i] = e^(z - max) with max as
+  /// it is after the block. Like gemm_bf16 only of Table<float>, where bf16_panel is not 0, or else null.
+  void (*cross_entropy_bf16)(int64_t rows, int64_t cols, const T* z, int64_t z_row, T* max, T* sum_exp,
+                             T* sum_z, uint16_t* kept, int64_t kept_row);
+
+  /// cross_entropy_backward from what was kept: grad_z = factor * e^(max - lse) * kept - shift.
+  void (*cross_entropy_bf16_backward)(int64_t rows, int64_t cols, const uint16_t* kept, int64_t kept_row,
+                                      const T* max, const T* lse, const T* factor, const T* shift, T* grad_z,
+                                      int64_t z_row);
   // ---- causal_conv1d: see Conv1d; x(t, c) = x[t * x_row + c], and so on ----
 
   /// y is written. `packed`: w (taps * in, out) packed by gemm_pack.

@@ -113,6 +113,46 @@ TEST_CASE("cross_entropy_backward at every width, inside its block only", "[cros
   check_backward<double>(1e-15);
 }
 
+TEST_CASE("cross_entropy_bf16 keeps what cross_entropy sums, for its gradient", "[cross_entropy]") {
+  on_every_level<float>([](const Table<float>& t) {
+    REQUIRE((t.cross_entropy_bf16 != nullptr) == (t.bf16_panel > 0));
+    REQUIRE((t.cross_entropy_bf16_backward != nullptr) == (t.bf16_panel > 0));
+    if (t.bf16_panel == 0) return;
+    constexpr int64_t kRows = 3;
+    const float lse[kRows] = {1, 12, -2}, factor[kRows] = {0.5, -1, 2}, shift[kRows] = {0, 0.25, -3};
+    constexpr uint16_t kUntouched = 0x1234;
+    for (int64_t width = 2; width <= 70; ++width) {
+      const auto z = normal<float>(kRows * width, 3, static_cast<uint32_t>(width));
+      std::vector<uint16_t> kept(kRows * width, kUntouched);
+      Running<float> want(kRows), got(kRows);
+      std::vector<float> grad = z;
+      // From column 1 on: misaligned for every vector width, and a row longer than the block.
+      const auto take = [&](int64_t begin, int64_t end) {
+        want.add(t, z, width, begin, end);
+        t.cross_entropy_bf16(kRows, end - begin, z.data() + begin, width, got.max.data(), got.sum_exp.data(),
+                             got.sum_z.data(), kept.data() + begin, width);
+        t.cross_entropy_bf16_backward(kRows, end - begin, kept.data() + begin, width, got.max.data(), lse,
+                                      factor, shift, grad.data() + begin, width);
+      };
+      take(1, (width + 1) / 2);
+      take((width + 1) / 2, width);
+      REQUIRE(got.max == want.max);
+      REQUIRE(got.sum_exp == want.sum_exp);
+      REQUIRE(got.sum_z == want.sum_z);
+      for (int64_t r = 0; r < kRows; ++r) {
+        REQUIRE(kept[r * width] == kUntouched);  // left of the blocks
+        REQUIRE(grad[r * width] == z[r * width]);
+        for (int64_t i = r * width + 1; i < (r + 1) * width; ++i) {
+          const double p = factor[r] * std::exp(static_cast<double>(z[i]) - lse[r]);
+          INFO("width " << width << " row " << r << " column " << i - r * width);
+          // Half a unit in the last place of bfloat16, and what float32 adds.
+          REQUIRE(std::abs(grad[i] - (p - shift[r])) <= 0x1.01p-8 * std::abs(p) + 1e-6 * std::abs(shift[r]));
+        }
+      }
+    }
+  });
+}
+
 TEST_CASE("cross_entropy: masked words count for nothing, NaN is not hidden", "[cross_entropy]") {
   on_every_level<float>([](const Table<float>& t) {
     for (int64_t width : {1, 5, 33}) {
