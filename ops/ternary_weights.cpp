@@ -20,30 +20,24 @@ void for_panels(int64_t width, int64_t panel, int64_t depth, const Body& body) {
 }
 
 template <class T>
-Scratch<uint8_t> pack_codes(int64_t n, int64_t k, const int8_t* codes) {
-  const auto& table = kernels::table<T>();
-  const int64_t panel = table.ternary_panel, padded = round_up(k, 4);
-  Scratch<uint8_t> packed(round_up(n, panel) * padded);
-  for_panels(n, panel, k, [&](int64_t begin, int64_t end) {
-    table.ternary_pack(end - begin, k, codes + begin * k, packed.data + begin * padded);
-  });
-  return packed;
-}
-
-template <class T>
 Scratch<uint8_t> pack(TernaryLayout layout, int64_t n, int64_t k, const int8_t* codes) {
   const auto& table = kernels::table<T>();
   Scratch<uint8_t> packed;
   switch (layout) {
-    case TernaryLayout::kInt8:
-      packed = pack_codes<T>(n, k, codes);
+    case TernaryLayout::kInt8: {
+      const int64_t panel = table.ternary_panel, depth = round_up(k, 4);
+      packed.resize(round_up(n, panel) * depth);
+      for_panels(n, panel, k, [&](int64_t begin, int64_t end) {
+        table.ternary_pack(end - begin, k, codes + begin * k, packed.data + begin * depth);
+      });
       break;
+    }
     case TernaryLayout::kInt8Transposed: {
-      std::vector<int8_t> transposed(n * k);
-      for (int64_t i = 0; i < n; ++i) {
-        for (int64_t j = 0; j < k; ++j) transposed[j * n + i] = codes[i * k + j];
-      }
-      packed = pack_codes<T>(k, n, transposed.data());
+      const int64_t panel = table.ternary_panel, depth = round_up(n, 4);
+      packed.resize(round_up(k, panel) * depth);
+      for_panels(k, panel, n, [&](int64_t begin, int64_t end) {
+        table.ternary_pack_transposed(end - begin, n, codes + begin, k, packed.data + begin * depth);
+      });
       break;
     }
     case TernaryLayout::kSumTable:

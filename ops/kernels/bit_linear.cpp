@@ -137,10 +137,22 @@ void pack(int64_t n, int64_t k, const int8_t* codes, uint8_t* packed) {
   }
 }
 
+void pack_transposed(int64_t n, int64_t k, const int8_t* codes, int64_t codes_row, uint8_t* packed) {
+  for (int64_t j = 0; j < n; j += kOutputs) {
+    for (int64_t p = 0; p < k; p += kGroup, packed += kVectorBytes) {
+      Vec<int32_t> groups = {};
+      for (int64_t i = 0; i < min_of(kGroup, k - p); ++i) {
+        groups |= load_bytes(codes + (p + i) * codes_row + j, n - j) << static_cast<int32_t>(8 * i);
+      }
+      store(packed, (Vec<uint8_t>)groups + 1);
+    }
+  }
+}
+
 // ---- activations ----
 
-inline float round_to_even(float x) { return __builtin_rintf(x); }
-inline double round_to_even(double x) { return __builtin_rint(x); }
+inline int32_t round_to_even(float x) { return __builtin_irintf(x); }
+inline int32_t round_to_even(double x) { return __builtin_irint(x); }
 
 template <class T>
 struct BitsOf;
@@ -182,7 +194,7 @@ void quantize_rows(int64_t rows, int64_t k, const T* x, T smallest, int8_t* q, T
       const T scale = T(127) / top;
       // |x| <= top, so the product rounds into [-127, 127] and needs no clipping.
       for (int64_t i = 0; i < k; ++i) {
-        const int32_t value = static_cast<int32_t>(round_to_even(x[i] * scale));
+        const int32_t value = round_to_even(x[i] * scale);
         q[i] = static_cast<int8_t>(value);
         sum += value;
       }
@@ -315,6 +327,7 @@ void add_bit_linear(Table<T>& table) {
   table.dequantize_rows = dequantize_rows<T>;
   table.ternary_panel = kOutputs;
   table.ternary_pack = pack;
+  table.ternary_pack_transposed = pack_transposed;
   table.ternary_gemm = gemm<T>;
 }
 template void add_bit_linear(Table<float>&);

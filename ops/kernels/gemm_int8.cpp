@@ -23,27 +23,6 @@ constexpr int32_t kBias = kDot4Unsigned ? 128 : 0;
 
 inline int64_t groups_of(int64_t depth) { return (depth + kGroup - 1) / kGroup; }
 
-/// The first n bytes at p, one in each lane, as 0 .. 255; the rest zero.
-inline Vec<int32_t> load_bytes(const int8_t* p, int64_t n) {
-  int8_t bytes[kPanel] = {};
-  if (n >= kPanel) {
-    memcpy(bytes, p, kPanel);
-  } else {
-    memcpy(bytes, p, static_cast<size_t>(n));
-  }
-  // A conversion by the compiler goes byte by byte; the unmasked intrinsic makes GCC 12 warn (its bug
-  // 105593).
-#if defined(__AVX512F__)
-  return (Vec<int32_t>)_mm512_maskz_cvtepu8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<__m128i*>(bytes)));
-#elif defined(__AVX2__)
-  return (Vec<int32_t>)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<__m128i*>(bytes)));
-#else
-  Vec<int32_t> out;
-  for (int64_t i = 0; i < kPanel; ++i) out[i] = static_cast<uint8_t>(bytes[i]);
-  return out;
-#endif
-}
-
 void pack(int64_t depth, int64_t n, const int8_t* b, int64_t b_row, int32_t* packed) {
   const int64_t groups = groups_of(depth);
   for (int64_t j = 0; j < n; j += kPanel, packed += (groups + 1) * kPanel) {

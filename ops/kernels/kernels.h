@@ -101,6 +101,10 @@ struct Table {
   /// round_up(k, 4) bytes, and panels follow each other: they can be packed one by one.
   void (*ternary_pack)(int64_t n, int64_t k, const int8_t* codes, uint8_t* packed);
 
+  /// The same from codes (k, n), row p at codes + p * codes_row.
+  void (*ternary_pack_transposed)(int64_t n, int64_t k, const int8_t* codes, int64_t codes_row,
+                                  uint8_t* packed);
+
   /// y(i, j) = y[i * y_row + j] = gamma * inverse_scale[i] * sum over p of q(i, p) codes(j, p), for m rows as
   /// quantize_rows leaves them (any q in [-128, 127]) and n outputs. The sum is exact for k < 2^24.
   void (*ternary_gemm)(int64_t m, int64_t n, int64_t k, const int8_t* q, const int32_t* row_sum,

@@ -147,6 +147,28 @@ inline void store_up_to(T* p, Vec<T> v, int64_t n) {
   }
 }
 
+/// The first n bytes at p, one in each 32-bit lane as 0 .. 255, the rest zero; none if n <= 0.
+inline Vec<int32_t> load_bytes(const int8_t* p, int64_t n) {
+  constexpr int64_t lanes = kLanes<int32_t>;
+  int8_t bytes[lanes < 8 ? 8 : lanes] = {};
+  if (n >= lanes) {
+    memcpy(bytes, p, lanes);
+  } else if (n > 0) {
+    memcpy(bytes, p, static_cast<size_t>(n));
+  }
+  // A conversion by the compiler goes byte by byte; the unmasked intrinsic makes GCC 12 warn (its bug
+  // 105593).
+#if defined(__AVX512F__)
+  return (Vec<int32_t>)_mm512_maskz_cvtepu8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<__m128i*>(bytes)));
+#elif defined(__AVX2__)
+  return (Vec<int32_t>)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<__m128i*>(bytes)));
+#else
+  Vec<int32_t> out;
+  for (int64_t i = 0; i < lanes; ++i) out[i] = static_cast<uint8_t>(bytes[i]);
+  return out;
+#endif
+}
+
 /// Written as x - 0, which is x even for -0 and so costs no instruction beside the broadcast; 0 + x would.
 template <class T>
 inline Vec<T> broadcast(T x) {

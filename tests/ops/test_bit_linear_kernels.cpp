@@ -105,6 +105,27 @@ TEST_CASE("panels of codes can be packed one by one", "[bit_linear]") {
   });
 }
 
+TEST_CASE("codes and their transpose pack to the same panels", "[bit_linear]") {
+  for_each_table([](const auto& t) {
+    const int64_t panel = t.ternary_panel;
+    for (int64_t n : {int64_t{1}, panel - 1, panel, panel + 1, 2 * panel + 3}) {
+      for (int64_t k : {1, 3, 4, 5, 8, 11}) {
+        const int64_t row = n + 5;
+        const auto transposed = integers(k * row, -1, 1, 7);
+        std::vector<int8_t> codes(n * k);
+        for (int64_t j = 0; j < n; ++j) {
+          for (int64_t p = 0; p < k; ++p) codes[j * k + p] = transposed[p * row + j];
+        }
+        std::vector<uint8_t> want(round_up(n, panel) * round_up(k, 4)), got = want;
+        t.ternary_pack(n, k, codes.data(), want.data());
+        t.ternary_pack_transposed(n, k, transposed.data(), row, got.data());
+        INFO("n " << n << " k " << k);
+        REQUIRE(got == want);
+      }
+    }
+  });
+}
+
 TEST_CASE("abs_sum is the same double on every level", "[bit_linear]") {
   for (int64_t n = 0; n <= 200; ++n) {
     const auto w = normal<float>(n + 1, 5);
