@@ -284,21 +284,24 @@ Case causal_conv1d_case(int64_t batch, int64_t time, int64_t width, int64_t grou
           by(batch, time, width) + " dilation " + std::to_string(dilation), make};
 }
 
-Case gated_conv_case(int64_t batch, int64_t time, int64_t width, int64_t groups, int64_t dilation,
-                     Pass pass) {
+/// `gradient` of the backward's products, if there is a backward.
+Case gated_conv_case(int64_t batch, int64_t time, int64_t width, int64_t groups, int64_t dilation, Pass pass,
+                     const std::string& gradient = "float32") {
   const auto make = [=] {
-    Contest contest = products(2 * conv_macs(batch, time, width, groups, pass), pass, "float32");
+    Contest contest = products(2 * conv_macs(batch, time, width, groups, pass), pass,
+                               gradient == "bfloat16" ? "bfloat16" : "float32");
     add_expressions(
         contest,
         {at::randn({batch, time, width}), at::ones({width}), conv_weight(width, groups),
          conv_weight(width, groups)},
         [=](const Tensors& t) {
-          return gated_conv(t[0], t[1], t[2], t[3], std::nullopt, dilation, groups, kEps);
+          return gated_conv(t[0], t[1], t[2], t[3], std::nullopt, dilation, groups, kEps, gradient);
         },
         [=](const Tensors& t) { return eager_gated_conv(t, dilation, groups); });
     return contest;
   };
-  return {std::string("gated_conv, ") + pass_name(pass),
+  const std::string in = pass == Pass::kForward ? "" : " in " + gradient;
+  return {std::string("gated_conv, ") + pass_name(pass) + in,
           by(batch, time, width) + " dilation " + std::to_string(dilation), make};
 }
 
@@ -609,6 +612,9 @@ std::vector<Case> cases(const Ggml* ggml, int threads) {
   for (const Pass pass : kPasses) {
     for (const int64_t dilation : kDilations)
       all.push_back(gated_conv_case(16, 256, 256, 16, dilation, pass));
+  }
+  for (const int64_t dilation : kDilations) {
+    all.push_back(gated_conv_case(16, 256, 256, 16, dilation, Pass::kForwardBackward, "bfloat16"));
   }
   for (const Pass pass : kPasses) {
     for (const int64_t dilation : kDilations)

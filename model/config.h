@@ -58,8 +58,10 @@ struct ModelConfig {
     visitor("quantizer", quantizer,
             "ternary weights: 'absmean' (scaled, BitNet b1.58) or 'threshold' (unscaled, v3)");
     visitor("activation", activation, "input of ternary layers: 'int8' (per row) or 'none' (float, v3)");
-    visitor("gradient", gradient,
-            "products of ternary layers' backward: 'float32', 'bfloat16' or 'int8' (with activation 'int8')");
+    visitor(
+        "gradient", gradient,
+        "products of the backward pass of ternary layers: 'float32', 'bfloat16' or 'int8' (with activation "
+        "'int8'); and of gated convolutions: 'float32', else in bfloat16");
     visitor("recompute", recompute,
             "a block's activations are made again for its gradients, from its input, kept as 'float32' or "
             "'bfloat16'; 'none': kept");

@@ -152,6 +152,23 @@ inline at::Tensor pack_conv(const ConvCall& call, const at::Tensor& w, bool back
   return packed.view({call.groups, -1});
 }
 
+// ---- memory ----
+
+/// Rows between two requests for memory: whole tiles of the kernels.
+constexpr int64_t kPiece = 24;
+
+/// Asks for (rows, width), rows `row` elements apart, that will soon be read or written: a group's columns
+/// are too far apart for the CPU to foresee. Always inlined, as its callers must be: GCC drops calls of
+/// functions that do nothing but ask.
+enum class Access { kRead, kWrite };
+template <Access kAccess, class T>
+[[gnu::always_inline]] inline void prefetch(const T* at, int64_t rows, int64_t width, int64_t row) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t r = 0; r < rows; ++r, at += row) {
+    for (int64_t i = 0; i < width; i += kLine) __builtin_prefetch(at + i, kAccess == Access::kWrite, 2);
+  }
+}
+
 // ---- time in blocks ----
 
 /// `batch` sequences of `rows` >= 1 rows, each cut into blocks of equal length, `longest` at most.
@@ -297,82 +314,38 @@ at::Tensor sum_in_order(const at::Tensor& parts) {
   return parts[0].clone();
 }
 
-/// The backward pass of the convolutions of h = the rows of `input`, a sequence after the other, in it a
-/// group after the other, so that all that lies between input and output stays in a level-2 cache.
-///   back                     pack_conv(call, w, true)
-///   grad_h (B, lead + T, D)  is written
-///   fill(row, rows, g, conv, h, grad)
-///                            writes the convolutions' gradient (rows, outs) for rows row .. row + rows of
-///                            all B*T; their output, if it is needed, is conv run over h
-///   finish(b)                sees sequence b of grad_h once it is complete
+/// What a backward pass of convolutions is made of: for a sequence after the other, in it for a group after
+/// the other, so that all that lies between input and output stays in a level-2 cache,
+///   group(b, g, rstd, grad_weight)  adds to its group's grad_weight (K, D/G, outs); rstd (lead + T) is for
+///                                   input.columns. new_group() makes a group with its scratch memory
+///   finish(b)                       sees sequence b once all its groups are done
 /// Returns the gradient of the weights, (G, K, D/G, outs).
-template <class T, class Fill, class Finish>
-at::Tensor conv_backward(const Input<T>& input, const at::Tensor& back, const at::Tensor& grad_h,
-                         const Fill& fill, const Finish& finish) {
+template <class T, class NewGroup, class Finish>
+at::Tensor sum_over_sequences(const Input<T>& input, const NewGroup& new_group, const Finish& finish) {
   const ConvCall& call = input.call;
-  const kernels::Table<T>& table = kernels::table<T>();
-  const kernels::Conv1d conv = call.conv, conv_back = transposed(conv);
-  const int64_t in = conv.in, outs = conv.out, rows = call.lead + call.time;
-  // Zero rows around a sequence: as many as a block reaches into with taps that meet anything else.
-  const int64_t edge = std::min(call.reach, kBlock);
-  const Blocks blocks(1, call.time, kBlock), blocks_back(1, rows, kBlock);
-
-  const auto run_group = [&](int64_t b, int64_t g, const T* rstd, T* grad_weight) {
-    const auto h_padded = std::make_unique_for_overwrite<T[]>((edge + rows) * in);
-    const auto grads_padded = std::make_unique_for_overwrite<T[]>((edge + call.time + edge) * outs);
-    T *const h = h_padded.get() + edge * in, *const grads = grads_padded.get() + edge * outs;
-    std::fill_n(h_padded.get(), edge * in, T(0));
-    std::fill_n(grads_padded.get(), edge * outs, T(0));
-    std::fill_n(grads + call.time * outs, edge * outs, T(0));
-    input.columns(b, g, -call.lead, rows, rstd, h);
-    at::parallel_for(0, blocks.count(), 1, [&](int64_t i, int64_t last) {
-      for (; i < last; ++i) {
-        const auto [zero, begin, count] = blocks[i];
-        const int64_t start = call.lead - call.reach + begin;
-        const kernels::Conv1d cut = without_zeros(conv, start, count, rows);
-        fill(b * call.time + begin, count, g, cut, h + (start + cut.first * cut.dilation) * in,
-             grads + begin * outs);
-      }
-    });
-    at::parallel_for(0, conv.taps, 1, [&](int64_t k, int64_t last) {
-      for (; k < last; ++k) {
-        const int64_t shift = call.lead - call.reach + k * conv.dilation, t = std::max<int64_t>(0, -shift);
-        if (t >= call.time) continue;
-        table.causal_conv1d_backward_weight(in, outs, call.time - t, h + (t + shift) * in, in,
-                                            grads + t * outs, outs, grad_weight + k * in * outs);
-      }
-    });
-    at::parallel_for(0, blocks_back.count(), 1, [&](int64_t i, int64_t last) {
-      for (; i < last; ++i) {
-        const int64_t begin = blocks_back[i].begin - call.lead, count = blocks_back[i].rows;
-        const kernels::Conv1d cut = without_zeros(conv_back, begin, count, call.time);
-        table.causal_conv1d(
-            cut, count, grads + (begin + cut.first * cut.dilation) * outs, outs,
-            back.const_data_ptr<T>() + g * back.size(1),
-            grad_h.mutable_data_ptr<T>() + (b * rows + begin + call.lead) * call.width + g * in, call.width);
-      }
-    });
-  };
-
-  // The weights' gradient is summed over chunks of the batch, a partial sum each: as many as make enough
-  // tasks without much memory, whatever the number of threads. Threads share chunks if there is one for each,
-  // else the groups of a sequence, else its time; loops inside a parallel one are serial.
-  const int64_t weight = conv.taps * in * outs, all_weights = call.groups * weight;
+  const int64_t rows = call.lead + call.time;
+  const Blocks blocks(1, rows, kBlock);
+  // The sum is over chunks of the batch, a partial sum each: as many as make enough tasks without much
+  // memory, whatever the number of threads. Threads share chunks if there is one for each, else the groups of
+  // a sequence, else its time; loops inside a parallel one are serial.
+  const int64_t weight = call.conv.taps * call.conv.in * call.conv.out, all_weights = call.groups * weight;
   const int64_t chunks = std::clamp<int64_t>(std::min<int64_t>(4, (1 << 22) / all_weights), 1, call.batch);
-  const at::Tensor partial = at::zeros({chunks, call.groups, conv.taps, in, outs}, grad_h.options());
+  const at::Tensor partial = at::zeros({chunks, call.groups, call.conv.taps, call.conv.in, call.conv.out},
+                                       at::TensorOptions(c10::CppTypeToScalarType<T>::value));
   const auto run_chunks = [&](int64_t chunk, int64_t last) {
     const auto rstd = std::make_unique_for_overwrite<T[]>(rows);
     for (; chunk < last; ++chunk) {
       T* const sums = partial.mutable_data_ptr<T>() + chunk * all_weights;
       for (int64_t b = chunk * call.batch / chunks; b < (chunk + 1) * call.batch / chunks; ++b) {
-        at::parallel_for(0, blocks_back.count(), 1, [&, b](int64_t i, int64_t end) {
+        at::parallel_for(0, blocks.count(), 1, [&, b](int64_t i, int64_t end) {
           for (; i < end; ++i) {
-            const int64_t begin = blocks_back[i].begin;
-            input.statistics(b, begin - call.lead, blocks_back[i].rows, rstd.get() + begin);
+            const int64_t begin = blocks[i].begin;
+            input.statistics(b, begin - call.lead, blocks[i].rows, rstd.get() + begin);
           }
         });
         const auto run_groups = [&](int64_t g, int64_t end) {
-          for (; g < end; ++g) run_group(b, g, rstd.get(), sums + g * weight);
+          const auto group = new_group();
+          for (; g < end; ++g) group(b, g, rstd.get(), sums + g * weight);
         };
         if (call.groups > 1) {
           at::parallel_for(0, call.groups, 1, run_groups);
@@ -391,7 +364,153 @@ at::Tensor conv_backward(const Input<T>& input, const at::Tensor& back, const at
   return sum_in_order<T>(partial);
 }
 
-/// The gradient of the i-th weight (D, D/G, K) out of ConvBackward::run's.
+/// Calls body(begin, rows) for the blocks of rows 0 .. rows, in parallel.
+template <class Body>
+void for_blocks(int64_t rows, const Body& body) {
+  const Blocks blocks(1, rows, kBlock);
+  at::parallel_for(0, blocks.count(), 1, [&](int64_t i, int64_t last) {
+    for (; i < last; ++i) body(blocks[i].begin, blocks[i].rows);
+  });
+}
+
+/// Rows of zeros that the gradient of a sequence's convolutions needs on either side for `input_gradient`: as
+/// many as a block reaches into with taps that meet anything else.
+inline int64_t zero_rows(const ConvCall& call) { return std::min(call.reach, kBlock); }
+
+/// The transposed convolution of one group: run(conv, rows, grads, grad_h) convolves a block from the
+/// gradients' row `grads` on, their first being 0, into row grad_h of (lead + T).
+template <class Run>
+void input_gradient(const ConvCall& call, const Run& run) {
+  for_blocks(call.lead + call.time, [&](int64_t at, int64_t rows) {
+    const int64_t begin = at - call.lead;
+    const kernels::Conv1d cut = without_zeros(transposed(call.conv), begin, rows, call.time);
+    run(cut, rows, begin + cut.first * cut.dilation, at);
+  });
+}
+
+/// The backward pass of the convolutions of h = the rows of `input`.
+///   back                     pack_conv(call, w, true)
+///   grad_h (B, lead + T, D)  is written
+///   fill(row, rows, g, conv, h, grad)
+///                            writes the convolutions' gradient (rows, outs) for rows row .. row + rows of
+///                            all B*T; their output, if it is needed, is conv run over h
+///   finish(b)                sees sequence b of grad_h once it is complete
+/// Returns the gradient of the weights, (G, K, D/G, outs).
+template <class T, class Fill, class Finish>
+at::Tensor conv_backward(const Input<T>& input, const at::Tensor& back, const at::Tensor& grad_h,
+                         const Fill& fill, const Finish& finish) {
+  const ConvCall& call = input.call;
+  const kernels::Table<T>& table = kernels::table<T>();
+  const kernels::Conv1d conv = call.conv;
+  const int64_t in = conv.in, outs = conv.out, rows = call.lead + call.time, edge = zero_rows(call);
+
+  const auto new_group = [&] {
+    return [&, h_padded = Scratch<T>((edge + rows) * in),
+            grads_padded = Scratch<T>((edge + call.time + edge) * outs)](int64_t b, int64_t g, const T* rstd,
+                                                                         T* grad_weight) {
+      T *const h = h_padded.data + edge * in, *const grads = grads_padded.data + edge * outs;
+      std::fill_n(h_padded.data, edge * in, T(0));
+      std::fill_n(grads_padded.data, edge * outs, T(0));
+      std::fill_n(grads + call.time * outs, edge * outs, T(0));
+      input.columns(b, g, -call.lead, rows, rstd, h);
+      for_blocks(call.time, [&](int64_t begin, int64_t count) {
+        const int64_t start = call.lead - call.reach + begin;
+        const kernels::Conv1d cut = without_zeros(conv, start, count, rows);
+        fill(b * call.time + begin, count, g, cut, h + (start + cut.first * cut.dilation) * in,
+             grads + begin * outs);
+      });
+      at::parallel_for(0, conv.taps, 1, [&](int64_t k, int64_t last) {
+        for (; k < last; ++k) {
+          const int64_t shift = call.lead - call.reach + k * conv.dilation, t = std::max<int64_t>(0, -shift);
+          if (t >= call.time) continue;
+          table.causal_conv1d_backward_weight(in, outs, call.time - t, h + (t + shift) * in, in,
+                                              grads + t * outs, outs, grad_weight + k * in * outs);
+        }
+      });
+      input_gradient(call, [&](const kernels::Conv1d& cut, int64_t count, int64_t from, int64_t to) {
+        table.causal_conv1d(cut, count, grads + from * outs, outs,
+                            back.const_data_ptr<T>() + g * back.size(1),
+                            grad_h.mutable_data_ptr<T>() + (b * rows + to) * call.width + g * in, call.width);
+      });
+    };
+  };
+  return sum_over_sequences(input, new_group, finish);
+}
+
+/// The same with products of bfloat16 and sums in float32, where bf16_panel > 0.
+///   w                        side_by_side's weights
+///   fill(row, rows, g, grad) writes the convolutions' gradient in bfloat16
+///   soon(b, g, t, rows)      asks for what is needed after time steps t .. t + rows of group g
+/// The sum over time is one over pairs of time steps. The two of a pair lie half a sequence apart, so that a
+/// tap shifts pairs whatever its shift is.
+template <class T, class Fill, class Soon, class Finish>
+at::Tensor conv_backward_bf16(const Input<T>& input, const at::Tensor& w, const at::Tensor& grad_h,
+                              const Fill& fill, const Soon& soon, const Finish& finish) {
+  const ConvCall& call = input.call;
+  const kernels::Table<T>& table = kernels::table<T>();
+  const int64_t in = call.conv.in, outs = call.conv.out, taps = call.conv.taps;
+  const int64_t panel = table.bf16_panel, half = (call.time + 1) / 2, edge = zero_rows(call);
+  // Rows before the first that any pair reads.
+  const int64_t before = call.lead > 0 ? call.lead : std::min(call.reach, call.time);
+
+  // (G, K, outs, in), the taps reversed, packed along K and outs: outs is even.
+  const at::Tensor back = w.permute({0, 3, 1, 2}).flip({1}).contiguous();
+  const at::Tensor packed = at::empty({call.groups, taps * outs / 2 * round_up(in, panel)}, at::kInt);
+  for (int64_t g = 0; g < call.groups; ++g) {
+    table.bf16_pack(taps * outs, in, back.const_data_ptr<T>() + g * back.stride(0), in, /*factor=*/nullptr,
+                    packed.mutable_data_ptr<int32_t>() + g * packed.size(1));
+  }
+
+  const int32_t* const all_panels = packed.const_data_ptr<int32_t>();
+  T* const all_grad = grad_h.mutable_data_ptr<T>();
+
+  const auto new_group = [&] {
+    return [&, h_padded = Scratch<T>((before + 2 * half) * in),
+            grads_padded = Scratch<int32_t>((edge + 2 * half + edge) * (outs / 2)),
+            h_pairs = Scratch<int32_t>((before + half) * round_up(in, panel)),
+            grad_pairs = Scratch<int32_t>(half * round_up(outs, panel))](int64_t b, int64_t g, const T* rstd,
+                                                                         T* grad_weight) {
+      T* const h = h_padded.data + before * in;
+      int32_t* const grads = grads_padded.data + edge * (outs / 2);
+      const auto rounded = [&](int64_t row) { return reinterpret_cast<uint16_t*>(grads + row * (outs / 2)); };
+      std::fill(h_padded.data, h - call.lead * in, T(0));
+      std::fill(h + call.time * in, h + 2 * half * in, T(0));
+      std::fill(grads_padded.data, grads, 0);
+      std::fill(grads + call.time * (outs / 2), grads_padded.data + grads_padded.size, 0);
+      input.columns(b, g, -call.lead, call.lead + call.time, rstd, h - call.lead * in);
+      table.bf16_zip(before + half, in, h_padded.data, h_padded.data + half * in, in, h_pairs.data);
+      for_blocks(call.time, [&](int64_t begin, int64_t count) {
+        fill(b * call.time + begin, count, g, rounded(begin));
+      });
+      table.bf16_zip_rounded(half, outs, rounded(0), rounded(half), outs, grad_pairs.data);
+      at::parallel_for(0, taps, 1, [&](int64_t k, int64_t last) {
+        for (; k < last; ++k) {
+          const int64_t first = before - call.reach + k * call.conv.dilation;
+          if (first < 0) continue;  // beyond all rows
+          table.gemm_bf16(in, outs, 2 * half,
+                          {h_pairs.data + first * panel, /*row=*/1, panel, (before + half) * panel},
+                          grad_pairs.data, /*alpha=*/T(1), grad_weight + k * in * outs, outs,
+                          /*accumulate=*/true);
+        }
+      });
+      T* const group_grad = all_grad + b * (call.lead + call.time) * call.width + g * in;
+      input_gradient(call, [&](kernels::Conv1d cut, int64_t count, int64_t from, int64_t to) {
+        cut.in /= 2;
+        for (int64_t r = 0; r < count; r += kPiece) {
+          const int64_t piece = std::min(kPiece, count - r);
+          T* const grad = group_grad + (to + r) * call.width;
+          soon(b, g, to + r - call.lead, piece);
+          prefetch<Access::kWrite>(grad + in, piece, in, call.width);
+          table.causal_conv1d_bf16(cut, piece, grads + (from + r) * cut.in, cut.in,
+                                   all_panels + g * packed.size(1), grad, call.width);
+        }
+      });
+    };
+  };
+  return sum_over_sequences(input, new_group, finish);
+}
+
+/// The gradient of the i-th weight (D, D/G, K) out of conv_backward's.
 inline at::Tensor weight_gradient(const ConvCall& call, const at::Tensor& grad, int64_t i) {
   return grad.narrow(3, i * call.conv.in, call.conv.in)
       .permute({0, 3, 2, 1})

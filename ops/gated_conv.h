@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
+#include <string_view>
 
 namespace flashlm {
 
@@ -22,12 +23,21 @@ namespace flashlm {
 ///   returns      (B, T, D)               same dtype, contiguous; differentiable in all tensors
 ///
 /// A sequence fed in pieces, each with the rows before it as history, gives exactly the result of the whole.
-/// Only the arguments are kept for backward. bfloat16 is computed in float32. Errors: those of causal_conv1d,
-/// norm_scale not of size D, eps < 0.
+/// bfloat16 is computed in float32. `gradient` says what the backward pass multiplies, with sums in float32;
+/// y does not depend on it. A CPU without AVX512-BF16, and float64, take "float32":
+///
+///   "float32"   Only the arguments are kept for backward, which computes the convolutions again.
+///   "bfloat16"  dy/dgate and dy/dvalue, the slopes by the two convolutions, are kept in bfloat16, 4 D bytes
+///               a row, if a gradient will be needed. They, their products with the gradient of y, h and the
+///               weights are rounded to bfloat16: the error of a gradient is about 3e-3 of its norm.
+///
+/// Errors: those of causal_conv1d, norm_scale not of size D, eps < 0, an unknown gradient.
 /// Schema: flashlm::gated_conv(Tensor x, Tensor norm_scale, Tensor gate_weight, Tensor value_weight,
-///         Tensor? history=None, *, int dilation=1, int groups=1, float eps=1e-6) -> Tensor
+///         Tensor? history=None, *, int dilation=1, int groups=1, float eps=1e-6, str gradient="float32")
+///         -> Tensor
 at::Tensor gated_conv(const at::Tensor& x, const at::Tensor& norm_scale, const at::Tensor& gate_weight,
                       const at::Tensor& value_weight, const std::optional<at::Tensor>& history = std::nullopt,
-                      int64_t dilation = 1, int64_t groups = 1, double eps = 1e-6);
+                      int64_t dilation = 1, int64_t groups = 1, double eps = 1e-6,
+                      std::string_view gradient = "float32");
 
 }  // namespace flashlm

@@ -6,12 +6,13 @@
 #include "ops/kernels/families.h"
 #include "ops/kernels/vec.h"
 
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
 namespace flashlm::kernels::FLASHLM_ISA {
 namespace {
 
-// Registers: kTime * 2 sums + 2 of weights + 1 broadcast = 15 of 16, or 27 of 32; a full tile of sums covers
-// the latency of two multiply-adds a cycle.
-constexpr int64_t kTime = kRegisters == 32 ? 12 : 6;
 // Input channels of a tile of the weight's gradient. Not 12 there: groups of 16 and 32 channels are common.
 constexpr int64_t kChannels = kRegisters == 32 ? 8 : 6;
 // Columns of a panel, as gemm_pack lays them out.
@@ -20,18 +21,41 @@ constexpr int64_t kPanel = 2 * kLanes<T>;
 // Time steps of the weight's gradient whose rows stay in a level-1 cache for all input channels.
 constexpr int64_t kChunk = 128;
 
+/// What the forward tile multiplies: `Factor` says what x and w are made of, `Sum` what y is. A full tile is
+/// kTime time steps x kVecs vectors, one panel; its sums cover the latency of the multiply-adds.
+template <class T>
+struct Floats {
+  using Factor = T;
+  using Sum = T;
+  // Registers: kTime * 2 sums + 2 of weights + 1 broadcast = 15 of 16, or 27 of 32.
+  static constexpr int64_t kTime = kRegisters == 32 ? 12 : 6, kVecs = 2;
+  static Vec<T> multiply_add(Vec<T> x, Vec<T> w, Vec<T> sum) { return sum + x * w; }
+};
+#if defined(__AVX512BF16__)
+struct Bf16Pairs {
+  using Factor = int32_t;
+  using Sum = float;
+  // One vector: often the width of a group. More time steps would leave a remainder of the usual 64.
+  static constexpr int64_t kTime = 8, kVecs = 1;
+  static Vec<float> multiply_add(Vec<int32_t> x, Vec<int32_t> w, Vec<float> sum) {
+    return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)x);
+  }
+};
+#endif
+
 /// y (kRows, width) of one panel; kVecs vectors of the panel hold its columns.
-template <class T, int64_t kRows, int64_t kVecs>
-void tile(const Conv1d& conv, const T* x, int64_t x_row, const T* panel, int64_t width, T* y, int64_t y_row) {
+template <class Product, int64_t kRows, int64_t kVecs, class Factor, class T>
+void tile(const Conv1d& conv, const Factor* x, int64_t x_row, const Factor* panel, int64_t width, T* y,
+          int64_t y_row) {
   Vec<T> sum[kRows][kVecs] = {};
   for (int64_t k = conv.first; k < conv.last; ++k, x += conv.dilation * x_row) {
-    for (int64_t c = 0; c < conv.in; ++c, panel += kPanel<T>) {
-      Vec<T> w[kVecs];
+    for (int64_t c = 0; c < conv.in; ++c, panel += Product::kVecs * kLanes<T>) {
+      Vec<Factor> w[kVecs];
       for (int64_t v = 0; v < kVecs; ++v) w[v] = load(panel + v * kLanes<T>);
 #pragma GCC unroll 12
       for (int64_t i = 0; i < kRows; ++i) {
-        const Vec<T> in = broadcast(x[i * x_row + c]);
-        for (int64_t v = 0; v < kVecs; ++v) sum[i][v] += in * w[v];
+        const Vec<Factor> in = broadcast(x[i * x_row + c]);
+        for (int64_t v = 0; v < kVecs; ++v) sum[i][v] = Product::multiply_add(in, w[v], sum[i][v]);
       }
     }
   }
@@ -44,27 +68,33 @@ void tile(const Conv1d& conv, const T* x, int64_t x_row, const T* panel, int64_t
 }
 
 /// The tile of exactly `rows` <= kRows time steps.
-template <class T, int64_t kRows, int64_t kVecs>
-void tile_of(int64_t rows, const Conv1d& conv, const T* x, int64_t x_row, const T* panel, int64_t width, T* y,
-             int64_t y_row) {
+template <class Product, int64_t kRows, int64_t kVecs, class Factor, class T>
+void tile_of(int64_t rows, const Conv1d& conv, const Factor* x, int64_t x_row, const Factor* panel,
+             int64_t width, T* y, int64_t y_row) {
   if constexpr (kRows > 1) {
-    if (rows < kRows) return tile_of<T, kRows - 1, kVecs>(rows, conv, x, x_row, panel, width, y, y_row);
+    if (rows < kRows) {
+      return tile_of<Product, kRows - 1, kVecs>(rows, conv, x, x_row, panel, width, y, y_row);
+    }
   }
-  tile<T, kRows, kVecs>(conv, x, x_row, panel, width, y, y_row);
+  tile<Product, kRows, kVecs>(conv, x, x_row, panel, width, y, y_row);
 }
 
-template <class T>
-void causal_conv1d(const Conv1d& conv, int64_t rows, const T* x, int64_t x_row, const T* packed, T* y,
-                   int64_t y_row) {
-  for (int64_t o = 0; o < conv.out; o += kPanel<T>) {
-    const int64_t width = min_of(kPanel<T>, conv.out - o);
-    const T* panel = packed + (o * conv.taps + conv.first * kPanel<T>)*conv.in;
+template <class Product>
+void causal_conv1d(const Conv1d& conv, int64_t rows, const typename Product::Factor* x, int64_t x_row,
+                   const typename Product::Factor* packed, typename Product::Sum* y, int64_t y_row) {
+  constexpr int64_t kVector = kLanes<typename Product::Sum>, kWidth = Product::kVecs * kVector;
+  constexpr int64_t kTime = Product::kTime;
+  for (int64_t o = 0; o < conv.out; o += kWidth) {
+    const int64_t width = min_of(kWidth, conv.out - o);
+    const auto* panel = packed + (o * conv.taps + conv.first * kWidth) * conv.in;
     for (int64_t t = 0; t < rows; t += kTime) {
       const int64_t count = min_of(kTime, rows - t);
-      if (width > kLanes<T>) {
-        tile_of<T, kTime, 2>(count, conv, x + t * x_row, x_row, panel, width, y + t * y_row + o, y_row);
+      const auto* from = x + t * x_row;
+      auto* to = y + t * y_row + o;
+      if (width > kVector) {
+        tile_of<Product, kTime, Product::kVecs>(count, conv, from, x_row, panel, width, to, y_row);
       } else {
-        tile_of<T, kTime, 1>(count, conv, x + t * x_row, x_row, panel, width, y + t * y_row + o, y_row);
+        tile_of<Product, kTime, 1>(count, conv, from, x_row, panel, width, to, y_row);
       }
     }
   }
@@ -144,7 +174,10 @@ void causal_conv1d_backward_weight(int64_t in, int64_t out, int64_t rows, const 
 
 template <class T>
 void add_causal_conv1d(Table<T>& table) {
-  table.causal_conv1d = causal_conv1d<T>;
+  table.causal_conv1d = causal_conv1d<Floats<T>>;
+#if defined(__AVX512BF16__)
+  if constexpr (sizeof(T) == sizeof(float)) table.causal_conv1d_bf16 = causal_conv1d<Bf16Pairs>;
+#endif
   table.causal_conv1d_backward_weight = causal_conv1d_backward_weight<T>;
 }
 template void add_causal_conv1d(Table<float>&);

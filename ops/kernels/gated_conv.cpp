@@ -3,18 +3,31 @@
 #include "ops/kernels/families.h"
 #include "ops/kernels/vec.h"
 
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
 namespace flashlm::kernels::FLASHLM_ISA {
 namespace {
 
-template <class T>
-void gated_conv(int64_t rows, int64_t width, const T* x, int64_t x_row, const T* convs, T* y) {
+/// visit(r, i, open, value), where y = x + open * value, sees the vector at column i of row r.
+template <class T, class Visit>
+inline void for_each_gate(int64_t rows, int64_t width, const T* x, int64_t x_row, const T* convs, T* y,
+                          const Visit& visit) {
   for (int64_t r = 0; r < rows; ++r, x += x_row, y += x_row, convs += 2 * width) {
     for (int64_t i = 0; i < width; i += kLanes<T>) {
       const int64_t rest = width - i;
-      const Vec<T> gate = load_up_to(convs + i, rest), value = load_up_to(convs + width + i, rest);
-      store_up_to<T>(y + i, load_up_to(x + i, rest) + vec_sigmoid<T>(gate) * value, rest);
+      const Vec<T> open = vec_sigmoid<T>(load_up_to(convs + i, rest));
+      const Vec<T> value = load_up_to(convs + width + i, rest);
+      store_up_to<T>(y + i, load_up_to(x + i, rest) + open * value, rest);
+      visit(r, i, open, value);
     }
   }
+}
+
+template <class T>
+void gated_conv(int64_t rows, int64_t width, const T* x, int64_t x_row, const T* convs, T* y) {
+  for_each_gate(rows, width, x, x_row, convs, y, [](int64_t, int64_t, const Vec<T>&, const Vec<T>&) {});
 }
 
 // With s = sigmoid(gate):  d/dgate = value * s * (1 - s),  d/dvalue = s.
@@ -32,12 +45,62 @@ void gated_conv_backward(int64_t rows, int64_t width, const T* grad_y, int64_t g
   }
 }
 
+#if defined(__AVX512BF16__)
+inline __mmask16 lanes_up_to(int64_t n) {
+  return static_cast<__mmask16>(n >= kLanes<float> ? 0xffff : (1u << n) - 1);
+}
+
+inline void store_rounded(uint16_t* to, Vec<float> v, int64_t n) {
+  const __m256i rounded = (__m256i)_mm512_cvtneps_pbh((__m512)v);
+  if (n >= kLanes<float>) {
+    memcpy(to, &rounded, sizeof rounded);
+  } else {
+    _mm256_mask_storeu_epi16(to, lanes_up_to(n), rounded);
+  }
+}
+
+inline Vec<float> load_rounded(const uint16_t* from, int64_t n) {
+  const __m256i bits = _mm256_maskz_loadu_epi16(lanes_up_to(n), from);
+  return (Vec<float>)_mm512_maskz_slli_epi32(0xffff, _mm512_maskz_cvtepu16_epi32(0xffff, bits), 16);
+}
+
+void gated_conv_slopes(int64_t rows, int64_t width, const float* x, int64_t x_row, const float* convs,
+                       float* y, uint16_t* slopes) {
+  for_each_gate(rows, width, x, x_row, convs, y,
+                [&](int64_t r, int64_t i, const Vec<float>& open, const Vec<float>& value) {
+                  uint16_t* to = slopes + r * 2 * width + i;
+                  // Not (open * value) * ...: y then would not be made by a fused multiply-add, in other
+                  // bits.
+                  store_rounded(to, value * (open * (1.0f - open)), width - i);
+                  store_rounded(to + width, open, width - i);
+                });
+}
+
+void gated_conv_backward_slopes(int64_t rows, int64_t width, const float* grad_y, int64_t grad_y_row,
+                                const uint16_t* slopes, uint16_t* grad) {
+  for (int64_t r = 0; r < rows; ++r, grad_y += grad_y_row, slopes += 2 * width, grad += 2 * width) {
+    for (int64_t i = 0; i < width; i += kLanes<float>) {
+      const int64_t rest = width - i;
+      const Vec<float> dy = load_up_to(grad_y + i, rest);
+      store_rounded(grad + i, dy * load_rounded(slopes + i, rest), rest);
+      store_rounded(grad + width + i, dy * load_rounded(slopes + width + i, rest), rest);
+    }
+  }
+}
+#endif
+
 }  // namespace
 
 template <class T>
 void add_gated_conv(Table<T>& table) {
   table.gated_conv = gated_conv<T>;
   table.gated_conv_backward = gated_conv_backward<T>;
+#if defined(__AVX512BF16__)
+  if constexpr (sizeof(T) == sizeof(float)) {
+    table.gated_conv_slopes = gated_conv_slopes;
+    table.gated_conv_backward_slopes = gated_conv_backward_slopes;
+  }
+#endif
 }
 template void add_gated_conv(Table<float>&);
 template void add_gated_conv(Table<double>&);

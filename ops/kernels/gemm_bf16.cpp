@@ -118,6 +118,27 @@ void pack(int64_t depth, int64_t n, const Source* b, int64_t b_row, const float*
   }
 }
 
+/// Lane i: the pair (first[i], second[i]), of up to kPanel.
+inline Vec<int32_t> zipped(const float* first, const float* second, int64_t n) {
+  return pairs_of(load_up_to(first, n), load_up_to(second, n));
+}
+inline Vec<int32_t> zipped(const uint16_t* first, const uint16_t* second, int64_t n) {
+  const __mmask16 lanes = static_cast<__mmask16>(n >= kPanel ? 0xffff : (1u << n) - 1);
+  const auto widened = [&](const uint16_t* from) {
+    return (Vec<int32_t>)_mm512_maskz_cvtepu16_epi32(0xffff, _mm256_maskz_loadu_epi16(lanes, from));
+  };
+  return widened(first) | widened(second) << 16;
+}
+
+template <class Source>
+void zip(int64_t pairs, int64_t n, const Source* first, const Source* second, int64_t row, int32_t* packed) {
+  for (int64_t j = 0; j < n; j += kPanel) {
+    for (int64_t p = 0; p < pairs; ++p, packed += kPanel) {
+      store(packed, zipped(first + p * row + j, second + p * row + j, n - j));
+    }
+  }
+}
+
 void gemm(int64_t m, int64_t n, int64_t depth, PairRows a, const int32_t* packed, float alpha, float* c,
           int64_t c_row, bool accumulate) {
   const int64_t pairs = (depth + 1) / 2;
@@ -162,6 +183,8 @@ void add_gemm_bf16(Table<T>& table) {
     table.bf16_pack_int8 = [](int64_t depth, int64_t n, const int8_t* b, int64_t b_row, int32_t* packed) {
       pack(depth, n, b, b_row, nullptr, packed);
     };
+    table.bf16_zip = zip<float>;
+    table.bf16_zip_rounded = zip<uint16_t>;
     table.gemm_bf16 = gemm;
   }
 #endif

@@ -134,6 +134,11 @@ struct Table {
   void (*causal_conv1d)(const Conv1d& conv, int64_t rows, const T* x, int64_t x_row, const T* packed, T* y,
                         int64_t y_row);
 
+  /// The same with x and w in pairs of bfloat16 along the channels, of which conv.in counts the pairs, and
+  /// sums in float32. `packed`: w (taps * 2 conv.in, out) packed by bf16_pack. Null where bf16_panel is 0.
+  void (*causal_conv1d_bf16)(const Conv1d& conv, int64_t rows, const int32_t* x, int64_t x_row,
+                             const int32_t* packed, T* y, int64_t y_row);
+
   /// One tap's gradient: grad (in, out) += the sum over rows of x(t, c) * grad_y(t, o).
   void (*causal_conv1d_backward_weight)(int64_t in, int64_t out, int64_t rows, const T* x, int64_t x_row,
                                         const T* grad_y, int64_t y_row, T* grad);
@@ -145,6 +150,13 @@ struct Table {
 
   /// Overwrites convs with its gradient.
   void (*gated_conv_backward)(int64_t rows, int64_t width, const T* grad_y, int64_t grad_y_row, T* convs);
+
+  /// gated_conv that also writes the slopes (rows, [dy/dgate, dy/dvalue], width) in bfloat16; and the
+  /// gradient of convs made of them, grad_y * slopes, in bfloat16 too. Null where bf16_panel is 0.
+  void (*gated_conv_slopes)(int64_t rows, int64_t width, const T* x, int64_t x_row, const T* convs, T* y,
+                            uint16_t* slopes);
+  void (*gated_conv_backward_slopes)(int64_t rows, int64_t width, const T* grad_y, int64_t grad_y_row,
+                                     const uint16_t* slopes, uint16_t* grad);
 
   // ---- gemm: C = A·B, or C += A·B, single-threaded on packed B ----
 
@@ -179,6 +191,12 @@ struct Table {
 
   /// bf16_pack from int8, which bfloat16 holds exactly.
   void (*bf16_pack_int8)(int64_t depth, int64_t n, const int8_t* b, int64_t b_row, int32_t* packed);
+
+  /// The same from two matrices (pairs, n), row p at p * row, that hold the pairs' first and second halves:
+  /// of float32, or in bfloat16 already.
+  void (*bf16_zip)(int64_t pairs, int64_t n, const T* first, const T* second, int64_t row, int32_t* packed);
+  void (*bf16_zip_rounded)(int64_t pairs, int64_t n, const uint16_t* first, const uint16_t* second,
+                           int64_t row, int32_t* packed);
 
   /// C (m, n), C(i, j) = c[i * c_row + j]. `packed` as bf16_pack leaves it.
   void (*gemm_bf16)(int64_t m, int64_t n, int64_t depth, PairRows a, const int32_t* packed, T alpha, T* c,

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <catch2/catch.hpp>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <random>
 #include <utility>
@@ -129,6 +130,113 @@ void test_gate(const Table<T>& table) {
   }
 }
 
+/// The bits of a bfloat16: x rounded to nearest, ties to even.
+uint16_t bfloat16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+float from_bfloat16(uint16_t x) {
+  const uint32_t bits = uint32_t{x} << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+int32_t pair_of(uint16_t first, uint16_t second) {
+  return static_cast<int32_t>(first | uint32_t{second} << 16);
+}
+
+void test_bf16(const Table<float>& table) {
+  for_each_size([&](Conv1d conv, int64_t rows) {
+    const int64_t channels = 2 * conv.in, depth = conv.taps * channels;
+    const auto w = dyadic<float>(depth * conv.out, 2);
+    std::vector<int32_t> packed(depth / 2 * round_up(conv.out, table.bf16_panel));
+    table.bf16_pack(depth, conv.out, w.data(), conv.out, nullptr, packed.data());
+    for (const auto& [first, last] :
+         {std::pair{int64_t{0}, conv.taps}, {conv.taps - 1, conv.taps}, {0, conv.taps - 1}}) {
+      for (int64_t gap : {0, 3}) {
+        INFO("first " << first << " last " << last << " gap " << gap);
+        conv.first = first;
+        conv.last = last;
+        const int64_t x_rows = rows + std::max<int64_t>(0, last - first - 1) * conv.dilation;
+        Strided<float> x(x_rows, channels, 2 * gap, 1), y(rows, conv.out, 2 * gap, 3);
+        std::vector<int32_t> pairs;
+        for (size_t i = 0; i < x.values.size(); i += 2) {
+          pairs.push_back(pair_of(bfloat16(x.values[i]), bfloat16(x.values[i + 1])));
+        }
+        Strided<float> want = y;
+        for (int64_t t = 0; t < rows; ++t) {
+          for (int64_t o = 0; o < conv.out; ++o) {
+            float sum = 0;
+            for (int64_t k = first; k < last; ++k) {
+              for (int64_t c = 0; c < channels; ++c) {
+                sum += x(t + (k - first) * conv.dilation, c) * w[(k * channels + c) * conv.out + o];
+              }
+            }
+            want(t, o) = sum;
+          }
+        }
+        table.causal_conv1d_bf16(conv, rows, pairs.data(), x.row / 2, packed.data(), y.data(), y.row);
+        REQUIRE(y.values == want.values);
+      }
+    }
+  });
+}
+
+void test_zip(const Table<float>& table) {
+  for (int64_t pairs : {0, 1, 3, 8}) {
+    for (int64_t n = 1; n <= 35; ++n) {
+      INFO("pairs " << pairs << " n " << n);
+      Strided<float> first(pairs, n, 2, 1), second(pairs, n, 2, 2);
+      for (float& x : second.values) x *= 1.01f;  // no bfloat16
+      std::vector<uint16_t> first_rounded, second_rounded;
+      for (const float x : first.values) first_rounded.push_back(bfloat16(x));
+      for (const float x : second.values) second_rounded.push_back(bfloat16(x));
+      const int64_t panel = table.bf16_panel;
+      std::vector<int32_t> want(pairs * round_up(n, panel)), got(want.size(), -1), rounded = got;
+      for (int64_t p = 0; p < pairs; ++p) {
+        for (int64_t j = 0; j < n; ++j) {
+          want[(j / panel * pairs + p) * panel + j % panel] =
+              pair_of(bfloat16(first(p, j)), bfloat16(second(p, j)));
+        }
+      }
+      table.bf16_zip(pairs, n, first.data(), second.data(), first.row, got.data());
+      REQUIRE(got == want);
+      table.bf16_zip_rounded(pairs, n, first_rounded.data(), second_rounded.data(), first.row,
+                             rounded.data());
+      REQUIRE(rounded == want);
+    }
+  }
+}
+
+void test_slopes(const Table<float>& table) {
+  for (int64_t rows : {0, 1, 3}) {
+    for (int64_t width = 1; width <= 35; ++width) {
+      INFO("rows " << rows << " width " << width);
+      Strided<float> x(rows, width, 2, 1), y = x, want_y = x;
+      const auto convs = dyadic<float>(2 * rows * width, 2);
+      std::vector<uint16_t> slopes(convs.size()), grad(convs.size());
+      table.gated_conv(rows, width, x.data(), x.row, convs.data(), want_y.data());
+      table.gated_conv_slopes(rows, width, x.data(), x.row, convs.data(), y.data(), slopes.data());
+      REQUIRE(y.values == want_y.values);
+      table.gated_conv_backward_slopes(rows, width, x.data(), x.row, slopes.data(), grad.data());
+      for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t i = 0; i < width; ++i) {
+          const int64_t gate = r * 2 * width + i, value = gate + width;
+          const float open = 1 / (1 + std::exp(-convs[gate]));
+          REQUIRE(from_bfloat16(slopes[gate]) ==
+                  Approx(convs[value] * open * (1 - open)).epsilon(0.004).margin(0));
+          REQUIRE(from_bfloat16(slopes[value]) == Approx(open).epsilon(0.004).margin(0));
+          REQUIRE(grad[gate] == bfloat16(x(r, i) * from_bfloat16(slopes[gate])));
+          REQUIRE(grad[value] == bfloat16(x(r, i) * from_bfloat16(slopes[value])));
+        }
+      }
+    }
+  }
+}
+
 template <class T>
 void test_saturation(const Table<T>& table) {
   const T x = 0.5, open[2] = {1000, 3}, shut[2] = {-1000, 3};
@@ -155,6 +263,18 @@ TEST_CASE("causal_conv1d_backward_weight adds what the naive loop adds", "[causa
 
 TEST_CASE("the gate of gated_conv equals the formula at every width", "[gated_conv]") {
   for_each_table([](const auto& table) { test_gate(table); });
+}
+
+TEST_CASE("causal_conv1d_bf16 equals the naive loop at every size around its tiles", "[causal_conv1d]") {
+  for_each_table_with(&Table<float>::bf16_panel, test_bf16);
+}
+
+TEST_CASE("bf16_zip makes pairs of two matrices", "[gemm_bf16]") {
+  for_each_table_with(&Table<float>::bf16_panel, test_zip);
+}
+
+TEST_CASE("gated_conv_slopes equals gated_conv, its slopes and their gradient the formula", "[gated_conv]") {
+  for_each_table_with(&Table<float>::bf16_panel, test_slopes);
 }
 
 TEST_CASE("the gate of gated_conv saturates without overflow", "[gated_conv]") {

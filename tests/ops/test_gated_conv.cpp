@@ -29,8 +29,8 @@ std::optional<at::Tensor> history_of(const Tensors& inputs) {
   return inputs.size() > 4 ? std::optional<at::Tensor>(inputs[4]) : std::nullopt;
 }
 
-at::Tensor run(const Tensors& t, const Conv& conv, double eps = 1e-6) {
-  return gated_conv(t[0], t[1], t[2], t[3], history_of(t), conv.dilation, conv.groups, eps);
+at::Tensor run(const Tensors& t, const Conv& conv, double eps = 1e-6, std::string_view gradient = "float32") {
+  return gated_conv(t[0], t[1], t[2], t[3], history_of(t), conv.dilation, conv.groups, eps, gradient);
 }
 
 at::Tensor run_reference(const Tensors& t, const Conv& conv, double eps = 1e-6) {
@@ -69,8 +69,10 @@ TEST_CASE("gated_conv of nothing is nothing, with zero gradients", "[gated_conv]
   for (const auto& [batch, time] : {std::pair<int64_t, int64_t>{0, 5}, {2, 0}}) {
     const Tensors inputs = with_gradients(inputs_of(conv, batch, time));
     REQUIRE(run(inputs, conv).sizes() == inputs[0].sizes());
-    const Tensors grads = gradients([&](const Tensors& t) { return run(t, conv); }, inputs);
-    for (size_t i = 0; i < inputs.size(); ++i) require_equal(grads[i], torch::zeros_like(inputs[i]));
+    for (const char* gradient : {"float32", "bfloat16"}) {
+      const Tensors grads = gradients([&](const Tensors& t) { return run(t, conv, 1e-6, gradient); }, inputs);
+      for (size_t i = 0; i < inputs.size(); ++i) require_equal(grads[i], torch::zeros_like(inputs[i]));
+    }
   }
 }
 
@@ -141,7 +143,58 @@ TEST_CASE("gated_conv gradients equal autograd's in float32", "[gated_conv]") {
   }
 }
 
+TEST_CASE("gated_conv gradients in bfloat16 are near float32's", "[gated_conv]") {
+  // Groups of 16, 1, 3, 5, 17 and 48 channels, 1 to 5 taps; a dilation beyond all but the longest T.
+  const auto conv = GENERATE(Conv{64, 4, 4, 1}, Conv{64, 4, 4, 16}, Conv{8, 8, 4, 2}, Conv{6, 2, 3, 5},
+                             Conv{20, 4, 1, 3}, Conv{34, 2, 5, 3}, Conv{48, 1, 2, 64}, Conv{10, 2, 5, 100});
+  for (int64_t time : {1, 2, 3, 13, 64, 65, 70, 301}) {
+    for (const bool with_history : {false, true}) {
+      INFO(conv << " T " << time << " history " << with_history);
+      Tensors inputs = with_gradients(inputs_of(conv, 3, time));
+      if (!with_history) inputs.pop_back();
+      Tensors ys;
+      const auto grads = [&](const char* gradient) {
+        return gradients(
+            [&](const Tensors& t) {
+              ys.push_back(run(t, conv, 1e-6, gradient));
+              return ys.back();
+            },
+            inputs);
+      };
+      const Tensors got = grads("bfloat16"), want = grads("float32");
+      REQUIRE(at::equal(ys[0], ys[1]));
+      // Few values may all be rounded by half a unit, three times over.
+      const double error = time < 64 ? 1.2e-2 : 8e-3;
+      for (size_t i = 0; i < got.size(); ++i) {
+        INFO("input " << i);
+        REQUIRE(got[i].sizes() == want[i].sizes());
+        REQUIRE((got[i] - want[i]).norm().item<double>() <= error * want[i].norm().item<double>());
+      }
+    }
+  }
+}
+
+TEST_CASE("gated_conv in float64 has exact gradients whatever is asked for", "[gated_conv]") {
+  const Conv conv = {6, 2, 3, 2};
+  const Tensors inputs = with_gradients(inputs_of(conv, 2, 20, at::kDouble));
+  const auto grads = [&](const char* gradient) {
+    return gradients([&](const Tensors& t) { return run(t, conv, 1e-6, gradient); }, inputs);
+  };
+  const Tensors got = grads("bfloat16"), want = grads("float32");
+  for (size_t i = 0; i < got.size(); ++i) require_equal(got[i], want[i]);
+}
+
+TEST_CASE("gated_conv gradients of bfloat16 tensors in bfloat16 are float32's, rounded", "[gated_conv]") {
+  const Conv conv = {32, 2, 4, 4};
+  Tensors inputs = with_gradients(inputs_of(conv, 2, 50, at::kBFloat16)), wide;
+  for (const at::Tensor& t : inputs) wide.push_back(t.detach().to(at::kFloat).requires_grad_());
+  const auto f = [&](const Tensors& t) { return run(t, conv, 1e-6, "bfloat16"); };
+  const Tensors got = gradients(f, inputs), want = gradients(f, wide);
+  for (size_t i = 0; i < got.size(); ++i) require_close(got[i], want[i].to(at::kBFloat16), 1e-2);
+}
+
 TEST_CASE("gated_conv does not depend on the number of threads", "[gated_conv]") {
+  const std::string gradient = GENERATE("float32", "bfloat16");
   // Threads share the batch, the groups of a sequence, or the time of one group.
   const auto conv = GENERATE(Conv{64, 4, 4, 16}, Conv{48, 1, 4, 4});
   const int64_t batch = GENERATE(1, 3, 9);
@@ -150,7 +203,7 @@ TEST_CASE("gated_conv does not depend on the number of threads", "[gated_conv]")
   require_same_for_any_threads([&] {
     Tensors inputs = with_gradients(inputs_of(conv, batch, 300));
     if (!with_history) inputs.pop_back();
-    const auto f = [&](const Tensors& t) { return run(t, conv); };
+    const auto f = [&](const Tensors& t) { return run(t, conv, 1e-6, gradient); };
     Tensors out = gradients(f, inputs);
     out.push_back(f(inputs).detach());
     return out;
@@ -202,6 +255,8 @@ TEST_CASE("gated_conv refuses wrong arguments in words", "[gated_conv]") {
       "gated_conv: history must be (B, (K-1)*dilation, D) = (2, 6, 8), got (2, 5, 8)");
   require_error([&] { gated_conv(x, scale, weight, weight, {}, 1, 4, -1); },
                 "gated_conv: eps must be >= 0, got -1");
+  require_error([&] { gated_conv(x, scale, weight, weight, {}, 1, 4, 1e-6, "int8"); },
+                "gated_conv: gradient must be 'float32' or 'bfloat16', got 'int8'");
 }
 
 TEST_CASE("gated_conv refuses double backward in words", "[gated_conv]") {

@@ -63,7 +63,9 @@ def causal_conv1d(x, weight, history=None, *, dilation=1, groups=1):
     return F.conv1d(seen, weight, dilation=dilation, groups=groups).transpose(1, 2)
 
 
-def gated_conv(x, norm_scale, gate_weight, value_weight, history=None, *, dilation=1, groups=1, eps=1e-6):
+def gated_conv(
+    x, norm_scale, gate_weight, value_weight, history=None, *, dilation=1, groups=1, eps=1e-6, gradient="float32"
+):
     h = rms_norm(x, norm_scale, eps)
     past = None if history is None else rms_norm(history, norm_scale, eps)
     gate = causal_conv1d(h, gate_weight, past, dilation=dilation, groups=groups)

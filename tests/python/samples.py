@@ -177,12 +177,13 @@ def conv(name, batch, time, width, taps, history=False, **options):
     def past():
         return dict(history=randn(batch, (taps - 1) * dilation, width)) if history else {}
 
-    add(
-        "causal_conv1d",
-        name,
-        lambda: dict(x=randn(batch, time, width), weight=weight()) | past() | options,
-        ("x", "weight", *differentiable_past),
-    )
+    if "gradient" not in options:
+        add(
+            "causal_conv1d",
+            name,
+            lambda: dict(x=randn(batch, time, width), weight=weight()) | past() | options,
+            ("x", "weight", *differentiable_past),
+        )
     add(
         "gated_conv",
         name,
@@ -202,6 +203,8 @@ conv("history", 2, 5, 6, 3, history=True, dilation=2, groups=3)
 conv("one_step_of_history", 2, 1, 4, 4, history=True, groups=2)
 conv("one_tap", 2, 3, 4, 1, groups=2)
 conv("no_batch", 0, 5, 4, 3, groups=2)
+conv("gradient_bfloat16", 2, 11, 6, 4, dilation=2, groups=2, gradient="bfloat16")
+conv("gradient_bfloat16_history", 2, 5, 6, 3, history=True, dilation=2, groups=3, gradient="bfloat16")
 
 # ---- mlgru, mlgru_step ----
 
@@ -374,6 +377,7 @@ REFUSALS = [
     Refusal("causal_conv1d", dict(groups=3), "groups must divide D"),
     Refusal("gated_conv", dict(norm_scale=torch.ones(3)), "norm_scale's size must be 4, got 3"),
     Refusal("gated_conv", dict(history=torch.ones(2, 3, 4)), "history must be (B, (K-1)*dilation, D)"),
+    Refusal("gated_conv", dict(gradient="int8"), "gradient must be 'float32' or 'bfloat16', got 'int8'"),
     Refusal("mlgru", dict(c=torch.ones(2, 5, 16)), "c must be (B, T, D) = [2, 5, 17], got [2, 5, 16]"),
     Refusal("mlgru", dict(h0=torch.ones(2, 5, 17)), "h0 must be (B, D) = [2, 17], got [2, 5, 17]"),
     Refusal("mlgru", dict(activation="tanh"), "activation must be none or silu, got tanh"),
