@@ -74,10 +74,9 @@ Gradient parse_gradient(std::string_view name) {
   return name == "int8" ? Gradient::kInt8 : name == "bfloat16" ? Gradient::kBfloat16 : Gradient::kFloat32;
 }
 
-/// Checks the arguments and makes the outputs: the Meta kernel, and the CPU kernel's first line.
-ThreeTensors new_outputs(const at::Tensor& x, const at::Tensor& weight,
-                         const std::optional<at::Tensor>& norm_scale, std::string_view quantizer,
-                         std::string_view activation, double eps, std::string_view gradient) {
+void check_arguments(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& norm_scale,
+                     std::string_view quantizer, std::string_view activation, double eps,
+                     std::string_view gradient) {
   check_floating("bit_linear", "x", x);
   check_same_dtype("bit_linear", "weight", weight, x);
   TORCH_CHECK(x.dim() >= 1, "bit_linear: x must have at least 1 dimension, got 0");
@@ -102,12 +101,19 @@ ThreeTensors new_outputs(const at::Tensor& x, const at::Tensor& weight,
   const bool int8_gradient = parse_gradient(gradient) == Gradient::kInt8;
   TORCH_CHECK(int8 || !int8_gradient, "bit_linear: gradient 'int8' needs activation 'int8', got '",
               activation, "'");
+}
+
+/// Checks the arguments and makes the outputs: the Meta kernel, and the CPU kernel's first line.
+ThreeTensors new_outputs(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& norm_scale,
+                         std::string_view quantizer, std::string_view activation, double eps,
+                         std::string_view gradient) {
+  check_arguments(x, weight, norm_scale, quantizer, activation, eps, gradient);
   auto shape = x.sym_sizes().vec();
   shape.back() = weight.sym_size(0);
   const at::Tensor y = x.new_empty_symint(shape);
   // What the backward reads instead of x. With a norm it needs x itself, and quantizes again.
-  const bool keeps_int8 = int8 && !norm_scale;
-  const c10::SymInt rows = keeps_int8 ? x.sym_numel() / in : c10::SymInt(0);
+  const bool keeps_int8 = parse_activation("bit_linear", activation) && !norm_scale;
+  const c10::SymInt in = weight.sym_size(1), rows = keeps_int8 ? x.sym_numel() / in : c10::SymInt(0);
   return {y, x.new_empty_symint({rows, (in + 3) / 4 * 4}, x.options().dtype(at::kChar)),
           x.new_empty_symint({rows}, x.options().dtype(compute_dtype(x)))};
 }
@@ -271,7 +277,7 @@ ThreeTensors forward_cpu(const at::Tensor& x, const at::Tensor& weight, const Op
   in.eps = eps;
   in.int8 = parse_activation("bit_linear", activation);
   in.quantizer = parse_quantizer("bit_linear", quantizer);
-  const at::Tensor computed = at::empty(y.sizes(), in.x.options());
+  const at::Tensor computed = kernel_output(y);
   dispatch(x, [&](auto t) {
     using T = decltype(t);
     (in.int8 ? forward_int8<T> : forward_float<T>)(in, weight, computed.mutable_data_ptr<T>());
@@ -293,7 +299,7 @@ ThreeTensors new_gradients(const at::Tensor& grad_y, const OptionalTensor& x, co
   auto shape = grad_y.sym_sizes().vec();
   shape.back() = weight.sym_size(1);
   const at::Tensor grad_x = weight.new_empty_symint(shape);
-  new_outputs(x ? *x : grad_x, weight, norm_scale, quantizer, activation, eps, gradient);
+  check_arguments(x ? *x : grad_x, weight, norm_scale, quantizer, activation, eps, gradient);
   const auto if_wanted = [&](size_t i, const at::Tensor& like) {
     return output_mask[i] ? like.new_empty_symint(like.sym_sizes()) : no_grad();
   };
@@ -546,8 +552,10 @@ ThreeTensors backward_cpu(const at::Tensor& grad_y, const OptionalTensor& x, con
   in.gradient = parse_gradient(gradient);
   const at::Tensor g = kernel_input(grad_y, weight);
   const bool needs_x = grad_x.defined() || grad_norm_scale.defined();
-  const at::Tensor dx = needs_x ? at::empty({in.m, in.k}, g.options()) : no_grad();
-  const at::Tensor dw = grad_weight.defined() ? at::empty(weight.sizes(), g.options()) : no_grad();
+  const at::Tensor dx = grad_x.defined() ? kernel_output(grad_x)
+                        : needs_x        ? at::empty({in.m, in.k}, g.options())
+                                         : no_grad();
+  const at::Tensor dw = grad_weight.defined() ? kernel_output(grad_weight) : no_grad();
   const at::Tensor dscale = norm_scale ? at::empty(norm_scale->sizes(), g.options()) : no_grad();
   dispatch(weight, [&](auto t) {
     using T = decltype(t);
@@ -558,7 +566,7 @@ ThreeTensors backward_cpu(const at::Tensor& grad_y, const OptionalTensor& x, con
     if (dw.defined()) backward_weight<T>(in, g.const_data_ptr<T>(), dw.mutable_data_ptr<T>());
   });
   const auto dtype = weight.scalar_type();
-  if (grad_x.defined()) grad_x = dx.view(grad_x.sizes()).to(dtype);
+  if (grad_x.defined()) grad_x = dx.to(dtype);
   if (grad_weight.defined()) grad_weight = dw.to(dtype);
   if (grad_norm_scale.defined()) grad_norm_scale = dscale.to(dtype);
   return out;
@@ -575,6 +583,7 @@ struct BitLinear : torch::autograd::Function<BitLinear> {
     auto [y, q, inverse_scale] =
         flashlm::forward(x, weight, norm_scale, quantizer, activation, eps, gradient);
     ctx->mark_non_differentiable({q, inverse_scale});
+    ctx->set_materialize_grads(false);  // else backward gets zeros of q's size
     // The int8 rows are a quarter of x, which may then be freed.
     const bool keeps_x = activation != "int8" || norm_scale.has_value();
     ctx->save_for_backward({keeps_x ? x : at::Tensor(), keeps_x ? at::Tensor() : q,
@@ -589,6 +598,7 @@ struct BitLinear : torch::autograd::Function<BitLinear> {
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  const torch::autograd::variable_list& grads) {
+    if (!grads[0].defined()) return torch::autograd::variable_list(7);
     const auto saved = ctx->get_saved_variables();
     const auto optional = [&](size_t i) {
       return saved[i].defined() ? OptionalTensor(saved[i]) : std::nullopt;

@@ -36,12 +36,17 @@ Gradients causal_conv1d_backward(const at::Tensor& grad_y, const at::Tensor& x, 
   return op.call(grad_y, x, weight, history, dilation, groups);
 }
 
-/// Checks the arguments and makes the output: the Meta kernel, and the CPU kernel's first line.
-at::Tensor new_output(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& history,
-                      int64_t dilation, int64_t groups) {
+void check_arguments(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& history,
+                     int64_t dilation, int64_t groups) {
   check_conv_input("causal_conv1d", x, dilation, groups);
   check_conv_weight("causal_conv1d", "weight", weight, x, groups);
   check_history("causal_conv1d", history, x, weight.sym_size(2), dilation);
+}
+
+/// Checks the arguments and makes the output: the Meta kernel, and the CPU kernel's first line.
+at::Tensor new_output(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& history,
+                      int64_t dilation, int64_t groups) {
+  check_arguments(x, weight, history, dilation, groups);
   return x.new_empty_symint(x.sym_sizes());
 }
 
@@ -53,7 +58,7 @@ at::Tensor causal_conv1d_cpu(const at::Tensor& x, const at::Tensor& weight,
   const at::Tensor before = history.has_value() ? kernel_input(*history, x) : at::Tensor();
   const ConvCall call(x, weight, history.has_value(), dilation, groups, 1);
   const at::Tensor packed = pack_conv(call, side_by_side(call, {kernel_input(weight, x)}));
-  const at::Tensor out = at::empty(in.sizes(), in.options());
+  const at::Tensor out = kernel_output(y);
   dispatch(x, [&](auto t) {
     using T = decltype(t);
     for_each_window(Input<T>(call, in, before), kBlock,
@@ -68,7 +73,7 @@ at::Tensor causal_conv1d_cpu(const at::Tensor& x, const at::Tensor& weight,
 
 Gradients new_gradients(const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& weight,
                         const std::optional<at::Tensor>& history, int64_t dilation, int64_t groups) {
-  new_output(x, weight, history, dilation, groups);
+  check_arguments(x, weight, history, dilation, groups);
   check_grad_y("_causal_conv1d_backward", grad_y, x);
   return {x.new_empty_symint(x.sym_sizes()), weight.new_empty_symint(weight.sym_sizes()),
           new_history_gradient(history, x)};
@@ -77,14 +82,14 @@ Gradients new_gradients(const at::Tensor& grad_y, const at::Tensor& x, const at:
 Gradients causal_conv1d_backward_cpu(const at::Tensor& grad_y, const at::Tensor& x, const at::Tensor& weight,
                                      const std::optional<at::Tensor>& history, int64_t dilation,
                                      int64_t groups) {
-  const auto [zero_x, zero_weight, zero_history] =
-      new_gradients(grad_y, x, weight, history, dilation, groups);
-  if (x.numel() == 0) return {zero_x, zero_weight.zero_(), zero_history.zero_()};
+  const auto out = new_gradients(grad_y, x, weight, history, dilation, groups);
+  const auto& [new_x, new_weight, new_history] = out;
+  if (x.numel() == 0) return {new_x, new_weight.zero_(), new_history.zero_()};
   const at::Tensor in = kernel_input(x, x), dy = kernel_input(grad_y, x);
   const at::Tensor before = history.has_value() ? kernel_input(*history, x) : at::Tensor();
   const ConvCall call(x, weight, history.has_value(), dilation, groups, 1);
   const at::Tensor back = pack_conv(call, side_by_side(call, {kernel_input(weight, x)}), true);
-  const at::Tensor grad = at::empty({call.batch, call.lead + call.time, call.width}, in.options());
+  const at::Tensor grad = new_padded_gradient(call, new_x);
   at::Tensor grad_weight;
   dispatch(x, [&](auto t) {
     using T = decltype(t);

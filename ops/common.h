@@ -54,6 +54,13 @@ inline at::Tensor kernel_input(const at::Tensor& t, const at::Tensor& x) {
   return t.to(compute_dtype(x)).contiguous();
 }
 
+/// Where a kernel writes `out`, a new tensor that an operator returns: itself, or if its dtype is not the
+/// kernels', memory to be converted.
+inline at::Tensor kernel_output(const at::Tensor& out) {
+  const at::ScalarType dtype = compute_dtype(out);
+  return out.scalar_type() == dtype ? out : at::empty(out.sizes(), out.options().dtype(dtype));
+}
+
 /// Calls body(T{}) with T = float or double, after x's compute dtype.
 template <class Body>
 void dispatch(const at::Tensor& x, const Body& body) {

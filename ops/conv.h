@@ -523,6 +523,13 @@ inline std::optional<at::Tensor> saved_history(const at::Tensor& history) {
   return history.defined() ? std::optional<at::Tensor>(history) : std::nullopt;
 }
 
+/// For the gradient of [history, x] (B, lead + T, D): grad_x's own memory if it will do.
+inline at::Tensor new_padded_gradient(const ConvCall& call, const at::Tensor& grad_x) {
+  if (call.lead == 0) return kernel_output(grad_x);
+  return at::empty({call.batch, call.lead + call.time, call.width},
+                   grad_x.options().dtype(compute_dtype(grad_x)));
+}
+
 /// The gradients of x and of history (size 0 if absent) out of that of [history, x] (B, lead + T, D).
 inline std::tuple<at::Tensor, at::Tensor> split_gradient(const at::Tensor& grad, const at::Tensor& x,
                                                          const std::optional<at::Tensor>& history) {

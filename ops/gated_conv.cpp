@@ -72,10 +72,9 @@ at::Tensor composite(const at::Tensor& x, const at::Tensor& norm_scale, const at
                              /*with_slopes=*/needs_gradient && gradient == "bfloat16"));
 }
 
-/// Checks the arguments and makes the outputs: the Meta kernel, and the CPU kernel's first line.
-Outputs new_outputs(const at::Tensor& x, const at::Tensor& norm_scale, const at::Tensor& gate_weight,
-                    const at::Tensor& value_weight, const std::optional<at::Tensor>& history,
-                    int64_t dilation, int64_t groups, double eps, bool with_slopes) {
+void check_arguments(const at::Tensor& x, const at::Tensor& norm_scale, const at::Tensor& gate_weight,
+                     const at::Tensor& value_weight, const std::optional<at::Tensor>& history,
+                     int64_t dilation, int64_t groups, double eps) {
   check_conv_input("gated_conv", x, dilation, groups);
   check_same_dtype("gated_conv", "norm_scale", norm_scale, x);
   check_dim("gated_conv", "norm_scale", norm_scale, 1);
@@ -85,6 +84,13 @@ Outputs new_outputs(const at::Tensor& x, const at::Tensor& norm_scale, const at:
   check_conv_weight("gated_conv", "value_weight", value_weight, x, groups, &taps);
   check_history("gated_conv", history, x, taps, dilation);
   TORCH_CHECK(eps >= 0, "gated_conv: eps must be >= 0, got ", eps);
+}
+
+/// Checks the arguments and makes the outputs: the Meta kernel, and the CPU kernel's first line.
+Outputs new_outputs(const at::Tensor& x, const at::Tensor& norm_scale, const at::Tensor& gate_weight,
+                    const at::Tensor& value_weight, const std::optional<at::Tensor>& history,
+                    int64_t dilation, int64_t groups, double eps, bool with_slopes) {
+  check_arguments(x, norm_scale, gate_weight, value_weight, history, dilation, groups, eps);
   std::vector<c10::SymInt> slopes = {0};
   if (with_slopes && compute_dtype(x) == at::kFloat && kernels::table<float>().bf16_panel > 0) {
     slopes = {x.sym_size(0), groups, x.sym_size(1), 2 * (x.sym_size(2) / groups)};
@@ -117,7 +123,7 @@ Outputs forward_cpu(const at::Tensor& x, const at::Tensor& norm_scale, const at:
   const ConvCall call(x, gate_weight, history.has_value(), dilation, groups, 2);
   const at::Tensor packed =
       pack_conv(call, side_by_side(call, {kernel_input(gate_weight, x), kernel_input(value_weight, x)}));
-  const at::Tensor out = y.scalar_type() == in.scalar_type() ? y : at::empty(in.sizes(), in.options());
+  const at::Tensor out = kernel_output(y);
   // Rows are normalised once for their own block and again for each block that reaches back to them: longer
   // blocks for a longer reach.
   const int64_t longest = std::clamp(call.reach, kBlock, 4 * kBlock);
@@ -157,8 +163,7 @@ Gradients new_gradients(const at::Tensor& grad_y, const at::Tensor& /*slopes*/, 
                         const at::Tensor& norm_scale, const at::Tensor& gate_weight,
                         const at::Tensor& value_weight, const std::optional<at::Tensor>& history,
                         int64_t dilation, int64_t groups, double eps) {
-  new_outputs(x, norm_scale, gate_weight, value_weight, history, dilation, groups, eps,
-              /*with_slopes=*/false);
+  check_arguments(x, norm_scale, gate_weight, value_weight, history, dilation, groups, eps);
   check_grad_y("_gated_conv_backward", grad_y, x);
   return {x.new_empty_symint(x.sym_sizes()), norm_scale.new_empty_symint(norm_scale.sym_sizes()),
           gate_weight.new_empty_symint(gate_weight.sym_sizes()),
@@ -197,9 +202,7 @@ Gradients backward_cpu(const at::Tensor& grad_y, const at::Tensor& slopes, const
   const ConvCall call(x, gate_weight, history.has_value(), dilation, groups, 2);
   const at::Tensor weights =
       side_by_side(call, {kernel_input(gate_weight, x), kernel_input(value_weight, x)});
-  const at::Tensor grad = call.lead == 0 && x.scalar_type() == in.scalar_type()
-                              ? std::get<0>(out)
-                              : at::empty({call.batch, call.lead + call.time, call.width}, in.options());
+  const at::Tensor grad = new_padded_gradient(call, std::get<0>(out));
   dispatch(x, [&](auto t) {
     using T = decltype(t);
     const kernels::Table<T>& table = kernels::table<T>();

@@ -94,17 +94,22 @@ void check_like_gate(const char* op, const char* name, const Tensor& t, const Te
   }
 }
 
+template <class Gate>
+void check_arguments(const Tensor& gate, const Tensor& up) {
+  check_floating(Gate::kName, "gate", gate);
+  check_like_gate(Gate::kName, "up", up, gate);
+}
+
 /// Checks the arguments and makes the output: the Meta kernel, and the CPU kernel's first line.
 template <class Gate>
 Tensor new_output(const Tensor& gate, const Tensor& up) {
-  check_floating(Gate::kName, "gate", gate);
-  check_like_gate(Gate::kName, "up", up, gate);
+  check_arguments<Gate>(gate, up);
   return gate.new_empty_symint(gate.sym_sizes());
 }
 
 template <class Gate>
 Gradients new_gradients(const Tensor& grad_y, const Tensor& gate, const Tensor& up) {
-  new_output<Gate>(gate, up);
+  check_arguments<Gate>(gate, up);
   check_like_gate(Gate::kBackward, "grad_y", grad_y, gate);
   return {gate.new_empty_symint(gate.sym_sizes()), up.new_empty_symint(up.sym_sizes())};
 }
@@ -115,7 +120,7 @@ template <class Gate>
 Tensor glu_cpu(const Tensor& gate, const Tensor& up) {
   const Tensor y = new_output<Gate>(gate, up);
   const Tensor g = kernel_input(gate, gate), u = kernel_input(up, gate);
-  const Tensor out = at::empty_like(g);
+  const Tensor out = kernel_output(y);
   dispatch(gate, [&](auto t) {
     using T = decltype(t);
     const auto run = (kernels::table<T>().*Gate::template kKernel<T>).forward;
@@ -129,19 +134,19 @@ Tensor glu_cpu(const Tensor& gate, const Tensor& up) {
 
 template <class Gate>
 Gradients glu_backward_cpu(const Tensor& grad_y, const Tensor& gate, const Tensor& up) {
-  new_gradients<Gate>(grad_y, gate, up);
+  const auto [grad_gate, grad_up] = new_gradients<Gate>(grad_y, gate, up);
   const Tensor dy = kernel_input(grad_y, gate), g = kernel_input(gate, gate), u = kernel_input(up, gate);
-  const Tensor grad_gate = at::empty_like(g), grad_up = at::empty_like(u);
+  const Tensor dgate = kernel_output(grad_gate), dup = kernel_output(grad_up);
   dispatch(gate, [&](auto t) {
     using T = decltype(t);
     const auto run = (kernels::table<T>().*Gate::template kKernel<T>).backward;
     at::parallel_for(0, g.numel(), kGrain, [&](int64_t begin, int64_t end) {
       run(end - begin, dy.const_data_ptr<T>() + begin, g.const_data_ptr<T>() + begin,
-          u.const_data_ptr<T>() + begin, grad_gate.mutable_data_ptr<T>() + begin,
-          grad_up.mutable_data_ptr<T>() + begin);
+          u.const_data_ptr<T>() + begin, dgate.mutable_data_ptr<T>() + begin,
+          dup.mutable_data_ptr<T>() + begin);
     });
   });
-  return {grad_gate.to(gate.scalar_type()), grad_up.to(gate.scalar_type())};
+  return {dgate.to(gate.scalar_type()), dup.to(gate.scalar_type())};
 }
 
 // ---- autograd ----

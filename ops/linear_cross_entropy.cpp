@@ -672,6 +672,7 @@ void backward_chunk(const Problem& p, const Cut& cut, const LeftOfLogits<P>& h, 
   }
   // A single slab has no other to be added to.
   Scratch<T> slab_grad_h(grad.h && cut.slabs > 1 ? cut.slabs * rows_in_chunk * width : 0);
+  prefer_huge_pages(slab_grad_h.data, slab_grad_h.size * static_cast<int64_t>(sizeof(T)));
   const auto grad_h_of = [&](int64_t slab, int64_t row) {
     return cut.slabs > 1 ? slab_grad_h.data + (slab * rows_in_chunk + row - begin) * width
                          : grad.h + row * width;

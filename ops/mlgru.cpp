@@ -209,12 +209,11 @@ Outputs mlgru_cpu(const Tensor& f, const Tensor& c, const OptionalTensor& h0,
                   const OptionalTensor& lower_bound, std::string_view activation) {
   auto [h, h_last] = new_outputs(f, c, h0, lower_bound, activation);
   if (f.numel() == 0) return {h, h0 ? h_last.copy_(*h0) : h_last.zero_()};
-  Tensor out;
+  const Tensor out = kernel_output(h);
   dispatch(f, [&](auto t) {
     using T = decltype(t);
     const Inputs<T> in(f, c, lower_bound, activation);
     const Tensor before = states_before(in, h0);
-    out = at::empty_like(in.f);
     in.cut.for_each([&](int64_t part, int64_t first, int64_t count) {
       kernels::table<T>().mlgru(in.rows(part, first, count),
                                 before.const_data_ptr<T>() + part * in.cut.width + first,
@@ -247,7 +246,7 @@ Gradients mlgru_backward_cpu(const Tensor& grad_h, const Tensor& grad_h_last, co
           kernels::table<T>().mlgru_backward_end(
               in.rows(part, first, count), dh.const_data_ptr<T>() + in.offset(part, first), product, end);
         });
-    const Tensor df = at::empty_like(in.f), dc = at::empty_like(in.c);
+    const Tensor df = kernel_output(grad_f), dc = kernel_output(grad_c);
     const Tensor bound = in.lower_bound.defined() ? at::zeros_like(carry) : Tensor();  // a part's sums
     cut.for_each([&](int64_t part, int64_t first, int64_t count) {
       const int64_t at = in.offset(part, first), own = part * cut.width + first;

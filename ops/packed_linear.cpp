@@ -155,7 +155,7 @@ at::Tensor packed_linear_cpu(const at::Tensor& x, const at::Tensor& packed, cons
   at::Tensor y = new_output(x, packed, scale, out_features, norm_scale, activation, eps);
   if (y.numel() == 0) return y;
   const Inputs in(x, packed, scale, out_features, norm_scale, eps);
-  at::Tensor out = x.scalar_type() == in.x.scalar_type() ? y : at::empty(y.sizes(), in.x.options());
+  const at::Tensor out = kernel_output(y);
   dispatch(x, [&](auto t) {
     using T = decltype(t);
     (parse_activation("packed_linear", activation) ? product_int8<T>

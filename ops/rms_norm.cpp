@@ -27,14 +27,18 @@ std::tuple<at::Tensor, at::Tensor> rms_norm_backward(const at::Tensor& grad_y, c
   return op.call(grad_y, x, scale, eps);
 }
 
-/// Checks the arguments and makes the output: the Meta kernel, and the CPU kernel's first line.
-at::Tensor new_output(const at::Tensor& x, const at::Tensor& scale, double eps) {
+void check_arguments(const at::Tensor& x, const at::Tensor& scale, double eps) {
   check_floating("rms_norm", "x", x);
   check_same_dtype("rms_norm", "scale", scale, x);
   TORCH_CHECK(x.dim() >= 1, "rms_norm: x must have at least 1 dimension, got 0");
   check_dim("rms_norm", "scale", scale, 1);
   check_size("rms_norm", "scale's size", scale.sym_size(0), x.sym_size(-1));
   TORCH_CHECK(eps >= 0, "rms_norm: eps must be >= 0, got ", eps);
+}
+
+/// Checks the arguments and makes the output: the Meta kernel, and the CPU kernel's first line.
+at::Tensor new_output(const at::Tensor& x, const at::Tensor& scale, double eps) {
+  check_arguments(x, scale, eps);
   return x.new_empty_symint(x.sym_sizes());
 }
 
@@ -42,7 +46,7 @@ at::Tensor rms_norm_cpu(const at::Tensor& x, const at::Tensor& scale, double eps
   at::Tensor y = new_output(x, scale, eps);
   if (y.numel() == 0) return y;
   const at::Tensor in = kernel_input(x, x), s = kernel_input(scale, x);
-  at::Tensor out = at::empty_like(in);
+  const at::Tensor out = kernel_output(y);
   const int64_t width = in.size(-1), rows = in.numel() / width;
   dispatch(x, [&](auto t) {
     using T = decltype(t);
@@ -57,16 +61,16 @@ at::Tensor rms_norm_cpu(const at::Tensor& x, const at::Tensor& scale, double eps
 
 std::tuple<at::Tensor, at::Tensor> new_gradients(const at::Tensor& grad_y, const at::Tensor& x,
                                                  const at::Tensor& scale, double eps) {
-  new_output(x, scale, eps);
+  check_arguments(x, scale, eps);
   check_same_dtype("_rms_norm_backward", "grad_y", grad_y, x);
   return {x.new_empty_symint(x.sym_sizes()), scale.new_empty_symint(scale.sym_sizes())};
 }
 
 std::tuple<at::Tensor, at::Tensor> rms_norm_backward_cpu(const at::Tensor& grad_y, const at::Tensor& x,
                                                          const at::Tensor& scale, double eps) {
-  new_gradients(grad_y, x, scale, eps);
+  const auto [new_x, new_scale] = new_gradients(grad_y, x, scale, eps);
   const at::Tensor g = kernel_input(grad_y, x), in = kernel_input(x, x), s = kernel_input(scale, x);
-  at::Tensor grad_x = at::empty_like(in), grad_scale = at::zeros_like(s);
+  const at::Tensor grad_x = kernel_output(new_x), grad_scale = kernel_output(new_scale).zero_();
   const int64_t width = in.size(-1), rows = width == 0 ? 0 : in.numel() / width;
   dispatch(x, [&](auto t) {
     using T = decltype(t);
