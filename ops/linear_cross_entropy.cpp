@@ -658,8 +658,7 @@ struct Gradients {
 /// The gradients from the rows in [begin, end), a chunk. Logits that were not kept are computed again.
 template <class P, class T = typename P::Value>
 void backward_chunk(const Problem& p, const Cut& cut, const LeftOfLogits<P>& h, const RowGradients<T>& g,
-                    int64_t begin, int64_t end, const Gradients<T>& grad,
-                    const KeptLogits<P>* kept) {
+                    int64_t begin, int64_t end, const Gradients<T>& grad, const KeptLogits<P>* kept) {
   const int64_t width = p.width, rows_in_chunk = end - begin;
   const int64_t right_block = P::right_size(kBlockRows, width);
   Scratch<typename P::Packed> right_h(
@@ -695,8 +694,7 @@ void backward_chunk(const Problem& p, const Cut& cut, const LeftOfLogits<P>& h, 
               T* z = scratch.data;
               if (kept) {
                 z = kept->gradient(row - begin, rows, word, words, lse, factor, shift, z);
-                for_each_target(p, row, rows, word, words, z,
-                                [&](int64_t r, T& dz) { dz = g.at_target[r]; });
+                for_each_target(p, row, rows, word, words, z, [&](int64_t r, T& dz) { dz = g.at_target[r]; });
               } else {
                 block_logits<P>(p, h.blocks[row / kBlockRows], rows, word, words, columns.data, z);
                 P::table().cross_entropy_backward(rows, words, z, kBlockStride, lse, factor, shift);

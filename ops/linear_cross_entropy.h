@@ -38,9 +38,10 @@ namespace flashlm {
 /// Without gradients, one pass keeps a running log-sum-exp per position. For a scalar loss ("mean", "sum")
 /// under autograd the forward pass computes the gradients too, by chunks of rows (as Liger Kernel, arXiv
 /// 2410.10989): a chunk's logits, in "bfloat16" their exponentials, are kept between their log-sum-exp and
-/// their gradient, and the backward pass multiplies by the gradient of the loss. For "none" that gradient comes first, and the backward pass
-/// computes each block's logits again (as Wijmans et al. 2024, arXiv 2411.09009), four products instead of
-/// three. Extra memory, in values of 4 bytes (8 for float64), with P threads:
+/// their gradient, and the backward pass multiplies by the gradient of the loss. For "none" that gradient
+/// comes first, and the backward pass computes each block's logits again (as Wijmans et al. 2024, arXiv
+/// 2411.09009), four products instead of three. Extra memory, in values of 4 bytes (8 for float64), with P
+/// threads:
 ///   forward                 3 S N + 256 P (D + 272)
 ///   gradients, "none"       (S + 1) G · 512 D + 256 P (2 D + 272), beside the gradients; G V D more if G > 1
 ///   gradients of a scalar   the sum of both, and a chunk's logits: 2^26 bytes or, if more, 273 V values (of

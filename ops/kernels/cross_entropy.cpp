@@ -4,10 +4,6 @@
 #include "ops/kernels/families.h"
 #include "ops/kernels/vec.h"
 
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
-
 namespace flashlm::kernels::FLASHLM_ISA {
 namespace {
 
@@ -75,12 +71,10 @@ void cross_entropy_backward(int64_t rows, int64_t cols, T* z, int64_t z_row, con
 }
 
 #if defined(__AVX512BF16__)
-inline __mmask16 first_lanes(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
-
 void cross_entropy_bf16(int64_t rows, int64_t cols, const float* z, int64_t z_row, float* max, float* sum_exp,
                         float* sum_z, uint16_t* kept, int64_t kept_row) {
   add_block(rows, cols, z, z_row, max, sum_exp, sum_z, [&](int64_t r, int64_t i, Vec<float> e, int64_t n) {
-    _mm256_mask_storeu_epi16(kept + r * kept_row + i, first_lanes(n), (__m256i)_mm512_cvtneps_pbh((__m512)e));
+    store_bf16(kept + r * kept_row + i, e, n);
   });
 }
 
@@ -90,11 +84,7 @@ void cross_entropy_bf16_backward(int64_t rows, int64_t cols, const uint16_t* kep
   for (int64_t r = 0; r < rows; ++r, kept += kept_row, grad_z += z_row) {
     const float scale = factor[r] * vec_exp(broadcast(max[r] - lse[r]))[0];
     for (int64_t i = 0; i < cols; i += kLanes<float>) {
-      const int64_t n = min_of(kLanes<float>, cols - i);
-      const __m256i halves = _mm256_maskz_loadu_epi16(first_lanes(n), kept + i);
-      // Unmasked, GCC 12 warns (its bug 105593).
-      const auto bits = (Vec<int32_t>)_mm512_maskz_cvtepu16_epi32(0xffff, halves) << 16;
-      store_up_to<float>(grad_z + i, scale * (Vec<float>)bits - shift[r], n);
+      store_up_to<float>(grad_z + i, scale * load_bf16(kept + i, cols - i) - shift[r], cols - i);
     }
   }
 }

@@ -3,10 +3,6 @@
 #include "ops/kernels/families.h"
 #include "ops/kernels/vec.h"
 
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
-
 namespace flashlm::kernels::FLASHLM_ISA {
 namespace {
 
@@ -46,24 +42,6 @@ void gated_conv_backward(int64_t rows, int64_t width, const T* grad_y, int64_t g
 }
 
 #if defined(__AVX512BF16__)
-inline __mmask16 lanes_up_to(int64_t n) {
-  return static_cast<__mmask16>(n >= kLanes<float> ? 0xffff : (1u << n) - 1);
-}
-
-inline void store_rounded(uint16_t* to, Vec<float> v, int64_t n) {
-  const __m256i rounded = (__m256i)_mm512_cvtneps_pbh((__m512)v);
-  if (n >= kLanes<float>) {
-    memcpy(to, &rounded, sizeof rounded);
-  } else {
-    _mm256_mask_storeu_epi16(to, lanes_up_to(n), rounded);
-  }
-}
-
-inline Vec<float> load_rounded(const uint16_t* from, int64_t n) {
-  const __m256i bits = _mm256_maskz_loadu_epi16(lanes_up_to(n), from);
-  return (Vec<float>)_mm512_maskz_slli_epi32(0xffff, _mm512_maskz_cvtepu16_epi32(0xffff, bits), 16);
-}
-
 void gated_conv_slopes(int64_t rows, int64_t width, const float* x, int64_t x_row, const float* convs,
                        float* y, uint16_t* slopes) {
   for_each_gate(rows, width, x, x_row, convs, y,
@@ -71,8 +49,8 @@ void gated_conv_slopes(int64_t rows, int64_t width, const float* x, int64_t x_ro
                   uint16_t* to = slopes + r * 2 * width + i;
                   // Not (open * value) * ...: y then would not be made by a fused multiply-add, in other
                   // bits.
-                  store_rounded(to, value * (open * (1.0f - open)), width - i);
-                  store_rounded(to + width, open, width - i);
+                  store_bf16(to, value * (open * (1.0f - open)), width - i);
+                  store_bf16(to + width, open, width - i);
                 });
 }
 
@@ -82,8 +60,8 @@ void gated_conv_backward_slopes(int64_t rows, int64_t width, const float* grad_y
     for (int64_t i = 0; i < width; i += kLanes<float>) {
       const int64_t rest = width - i;
       const Vec<float> dy = load_up_to(grad_y + i, rest);
-      store_rounded(grad + i, dy * load_rounded(slopes + i, rest), rest);
-      store_rounded(grad + width + i, dy * load_rounded(slopes + width + i, rest), rest);
+      store_bf16(grad + i, dy * load_bf16(slopes + i, rest), rest);
+      store_bf16(grad + width + i, dy * load_bf16(slopes + width + i, rest), rest);
     }
   }
 }

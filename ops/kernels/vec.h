@@ -147,6 +147,29 @@ inline void store_up_to(T* p, Vec<T> v, int64_t n) {
   }
 }
 
+#if defined(__AVX512BF16__)
+// ---- bfloat16 as its bits ----
+
+inline __mmask16 lanes_up_to(int64_t n) { return static_cast<__mmask16>(n >= 16 ? 0xffff : (1u << n) - 1); }
+
+/// As many of kLanes<float> values as n allows, the rest zero.
+inline Vec<float> load_bf16(const uint16_t* p, int64_t n) {
+  const __m256i bits = _mm256_maskz_loadu_epi16(lanes_up_to(n), p);
+  // Unmasked, GCC 12 warns (its bug 105593).
+  return (Vec<float>)_mm512_maskz_slli_epi32(0xffff, _mm512_maskz_cvtepu16_epi32(0xffff, bits), 16);
+}
+
+/// Rounded to nearest, ties to even.
+inline void store_bf16(uint16_t* p, Vec<float> v, int64_t n) {
+  const __m256i rounded = (__m256i)_mm512_cvtneps_pbh((__m512)v);
+  if (n >= kLanes<float>) {
+    memcpy(p, &rounded, sizeof rounded);
+  } else {
+    _mm256_mask_storeu_epi16(p, lanes_up_to(n), rounded);
+  }
+}
+#endif
+
 /// The first n bytes at p, one in each 32-bit lane as 0 .. 255, the rest zero; none if n <= 0.
 inline Vec<int32_t> load_bytes(const int8_t* p, int64_t n) {
   constexpr int64_t lanes = kLanes<int32_t>;
@@ -276,10 +299,24 @@ inline Vec<double> vec_exp(Vec<double> x) {
   return x;
 }
 
+/// 1 / x for 1 <= x < 2^126, or NaN, right to a unit in the last place.
+template <class T>
+inline Vec<T> vec_reciprocal(Vec<T> x) {
+  return T(1) / x;
+}
+#if defined(__AVX512F__)
+// An estimate, right to 2^-14, and a step of Newton's method: a third of the time of a division.
+template <>
+inline Vec<float> vec_reciprocal<float>(Vec<float> x) {
+  const Vec<float> estimate = (Vec<float>)_mm512_maskz_rcp14_ps(0xffff, (__m512)x);
+  return estimate + estimate * (1.0f - x * estimate);
+}
+#endif
+
 /// 1 / (1 + e^-x)
 template <class T>
 inline Vec<T> vec_sigmoid(Vec<T> x) {
-  return T(1) / (T(1) + vec_exp(-x));
+  return vec_reciprocal<T>(T(1) + vec_exp(-x));
 }
 
 inline float square_root(float x) { return sqrtf(x); }
