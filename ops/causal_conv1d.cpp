@@ -101,7 +101,7 @@ Gradients causal_conv1d_backward_cpu(const at::Tensor& grad_y, const at::Tensor&
         },
         [](int64_t) {});
   });
-  const auto [grad_x, grad_history] = split_gradient(grad, x, history);
+  const auto [grad_x, grad_history] = split_gradient(call, grad, new_x, new_history);
   return {grad_x, weight_gradient(call, grad_weight, 0).to(x.scalar_type()), grad_history};
 }
 

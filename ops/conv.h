@@ -152,23 +152,6 @@ inline at::Tensor pack_conv(const ConvCall& call, const at::Tensor& w, bool back
   return packed.view({call.groups, -1});
 }
 
-// ---- memory ----
-
-/// Rows between two requests for memory: whole tiles of the kernels.
-constexpr int64_t kPiece = 24;
-
-/// Asks for (rows, width), rows `row` elements apart, that will soon be read or written: a group's columns
-/// are too far apart for the CPU to foresee. Always inlined, as its callers must be: GCC drops calls of
-/// functions that do nothing but ask.
-enum class Access { kRead, kWrite };
-template <Access kAccess, class T>
-[[gnu::always_inline]] inline void prefetch(const T* at, int64_t rows, int64_t width, int64_t row) {
-  constexpr int64_t kLine = 64 / sizeof(T);
-  for (int64_t r = 0; r < rows; ++r, at += row) {
-    for (int64_t i = 0; i < width; i += kLine) __builtin_prefetch(at + i, kAccess == Access::kWrite, 2);
-  }
-}
-
 // ---- time in blocks ----
 
 /// `batch` sequences of `rows` >= 1 rows, each cut into blocks of equal length, `longest` at most.
@@ -194,6 +177,15 @@ struct Blocks {
 /// Blocks that make a task worth a thread: about 256k multiply-adds.
 inline int64_t block_grain(const ConvCall& call, const Blocks& blocks) {
   return std::max<int64_t>(1, 262144 / (blocks.length * call.width * call.conv.taps * call.conv.out));
+}
+
+/// Calls body(begin, rows) for the blocks of rows 0 .. rows, in parallel.
+template <class Body>
+void for_blocks(int64_t rows, const Body& body) {
+  const Blocks blocks(1, rows, kBlock);
+  at::parallel_for(0, blocks.count(), 1, [&](int64_t i, int64_t last) {
+    for (; i < last; ++i) body(blocks[i].begin, blocks[i].rows);
+  });
 }
 
 /// conv without the taps that meet nothing but zeros when its first tap reads rows begin .. begin + rows of
@@ -324,7 +316,6 @@ template <class T, class NewGroup, class Finish>
 at::Tensor sum_over_sequences(const Input<T>& input, const NewGroup& new_group, const Finish& finish) {
   const ConvCall& call = input.call;
   const int64_t rows = call.lead + call.time;
-  const Blocks blocks(1, rows, kBlock);
   // The sum is over chunks of the batch, a partial sum each: as many as make enough tasks without much
   // memory, whatever the number of threads. Threads share chunks if there is one for each, else the groups of
   // a sequence, else its time; loops inside a parallel one are serial.
@@ -337,11 +328,8 @@ at::Tensor sum_over_sequences(const Input<T>& input, const NewGroup& new_group, 
     for (; chunk < last; ++chunk) {
       T* const sums = partial.mutable_data_ptr<T>() + chunk * all_weights;
       for (int64_t b = chunk * call.batch / chunks; b < (chunk + 1) * call.batch / chunks; ++b) {
-        at::parallel_for(0, blocks.count(), 1, [&, b](int64_t i, int64_t end) {
-          for (; i < end; ++i) {
-            const int64_t begin = blocks[i].begin;
-            input.statistics(b, begin - call.lead, blocks[i].rows, rstd.get() + begin);
-          }
+        for_blocks(rows, [&](int64_t begin, int64_t count) {
+          input.statistics(b, begin - call.lead, count, rstd.get() + begin);
         });
         const auto run_groups = [&](int64_t g, int64_t end) {
           const auto group = new_group();
@@ -364,21 +352,12 @@ at::Tensor sum_over_sequences(const Input<T>& input, const NewGroup& new_group, 
   return sum_in_order<T>(partial);
 }
 
-/// Calls body(begin, rows) for the blocks of rows 0 .. rows, in parallel.
-template <class Body>
-void for_blocks(int64_t rows, const Body& body) {
-  const Blocks blocks(1, rows, kBlock);
-  at::parallel_for(0, blocks.count(), 1, [&](int64_t i, int64_t last) {
-    for (; i < last; ++i) body(blocks[i].begin, blocks[i].rows);
-  });
-}
-
 /// Rows of zeros that the gradient of a sequence's convolutions needs on either side for `input_gradient`: as
 /// many as a block reaches into with taps that meet anything else.
 inline int64_t zero_rows(const ConvCall& call) { return std::min(call.reach, kBlock); }
 
-/// The transposed convolution of one group: run(conv, rows, grads, grad_h) convolves a block from the
-/// gradients' row `grads` on, their first being 0, into row grad_h of (lead + T).
+/// The transposed convolution of one group: run(conv, rows, from, to) convolves a block from the gradients'
+/// row `from` on, their first being 0, into row `to` of (lead + T).
 template <class Run>
 void input_gradient(const ConvCall& call, const Run& run) {
   for_blocks(call.lead + call.time, [&](int64_t at, int64_t rows) {
@@ -437,79 +416,6 @@ at::Tensor conv_backward(const Input<T>& input, const at::Tensor& back, const at
   return sum_over_sequences(input, new_group, finish);
 }
 
-/// The same with products of bfloat16 and sums in float32, where bf16_panel > 0.
-///   w                        side_by_side's weights
-///   fill(row, rows, g, grad) writes the convolutions' gradient in bfloat16
-///   soon(b, g, t, rows)      asks for what is needed after time steps t .. t + rows of group g
-/// The sum over time is one over pairs of time steps. The two of a pair lie half a sequence apart, so that a
-/// tap shifts pairs whatever its shift is.
-template <class T, class Fill, class Soon, class Finish>
-at::Tensor conv_backward_bf16(const Input<T>& input, const at::Tensor& w, const at::Tensor& grad_h,
-                              const Fill& fill, const Soon& soon, const Finish& finish) {
-  const ConvCall& call = input.call;
-  const kernels::Table<T>& table = kernels::table<T>();
-  const int64_t in = call.conv.in, outs = call.conv.out, taps = call.conv.taps;
-  const int64_t panel = table.bf16_panel, half = (call.time + 1) / 2, edge = zero_rows(call);
-  // Rows before the first that any pair reads.
-  const int64_t before = call.lead > 0 ? call.lead : std::min(call.reach, call.time);
-
-  // (G, K, outs, in), the taps reversed, packed along K and outs: outs is even.
-  const at::Tensor back = w.permute({0, 3, 1, 2}).flip({1}).contiguous();
-  const at::Tensor packed = at::empty({call.groups, taps * outs / 2 * round_up(in, panel)}, at::kInt);
-  for (int64_t g = 0; g < call.groups; ++g) {
-    table.bf16_pack(taps * outs, in, back.const_data_ptr<T>() + g * back.stride(0), in, /*factor=*/nullptr,
-                    packed.mutable_data_ptr<int32_t>() + g * packed.size(1));
-  }
-
-  const int32_t* const all_panels = packed.const_data_ptr<int32_t>();
-  T* const all_grad = grad_h.mutable_data_ptr<T>();
-
-  const auto new_group = [&] {
-    return [&, h_padded = Scratch<T>((before + 2 * half) * in),
-            grads_padded = Scratch<int32_t>((edge + 2 * half + edge) * (outs / 2)),
-            h_pairs = Scratch<int32_t>((before + half) * round_up(in, panel)),
-            grad_pairs = Scratch<int32_t>(half * round_up(outs, panel))](int64_t b, int64_t g, const T* rstd,
-                                                                         T* grad_weight) {
-      T* const h = h_padded.data + before * in;
-      int32_t* const grads = grads_padded.data + edge * (outs / 2);
-      const auto rounded = [&](int64_t row) { return reinterpret_cast<uint16_t*>(grads + row * (outs / 2)); };
-      std::fill(h_padded.data, h - call.lead * in, T(0));
-      std::fill(h + call.time * in, h + 2 * half * in, T(0));
-      std::fill(grads_padded.data, grads, 0);
-      std::fill(grads + call.time * (outs / 2), grads_padded.data + grads_padded.size, 0);
-      input.columns(b, g, -call.lead, call.lead + call.time, rstd, h - call.lead * in);
-      table.bf16_zip(before + half, in, h_padded.data, h_padded.data + half * in, in, h_pairs.data);
-      for_blocks(call.time, [&](int64_t begin, int64_t count) {
-        fill(b * call.time + begin, count, g, rounded(begin));
-      });
-      table.bf16_zip_rounded(half, outs, rounded(0), rounded(half), outs, grad_pairs.data);
-      at::parallel_for(0, taps, 1, [&](int64_t k, int64_t last) {
-        for (; k < last; ++k) {
-          const int64_t first = before - call.reach + k * call.conv.dilation;
-          if (first < 0) continue;  // beyond all rows
-          table.gemm_bf16(in, outs, 2 * half,
-                          {h_pairs.data + first * panel, /*row=*/1, panel, (before + half) * panel},
-                          grad_pairs.data, /*alpha=*/T(1), grad_weight + k * in * outs, outs,
-                          /*accumulate=*/true);
-        }
-      });
-      T* const group_grad = all_grad + b * (call.lead + call.time) * call.width + g * in;
-      input_gradient(call, [&](kernels::Conv1d cut, int64_t count, int64_t from, int64_t to) {
-        cut.in /= 2;
-        for (int64_t r = 0; r < count; r += kPiece) {
-          const int64_t piece = std::min(kPiece, count - r);
-          T* const grad = group_grad + (to + r) * call.width;
-          soon(b, g, to + r - call.lead, piece);
-          prefetch<Access::kWrite>(grad + in, piece, in, call.width);
-          table.causal_conv1d_bf16(cut, piece, grads + (from + r) * cut.in, cut.in,
-                                   all_panels + g * packed.size(1), grad, call.width);
-        }
-      });
-    };
-  };
-  return sum_over_sequences(input, new_group, finish);
-}
-
 /// The gradient of the i-th weight (D, D/G, K) out of conv_backward's.
 inline at::Tensor weight_gradient(const ConvCall& call, const at::Tensor& grad, int64_t i) {
   return grad.narrow(3, i * call.conv.in, call.conv.in)
@@ -530,15 +436,14 @@ inline at::Tensor new_padded_gradient(const ConvCall& call, const at::Tensor& gr
                    grad_x.options().dtype(compute_dtype(grad_x)));
 }
 
-/// The gradients of x and of history (size 0 if absent) out of that of [history, x] (B, lead + T, D).
-inline std::tuple<at::Tensor, at::Tensor> split_gradient(const at::Tensor& grad, const at::Tensor& x,
-                                                         const std::optional<at::Tensor>& history) {
-  if (!history.has_value()) return {grad.to(x.scalar_type()), x.new_empty({0})};
-  const int64_t lead = history->size(1);
-  const auto part = [&](int64_t begin, int64_t rows) {
-    return grad.narrow(1, begin, rows).clone(at::MemoryFormat::Contiguous).to(x.scalar_type());
-  };
-  return {part(lead, x.size(1)), part(0, lead)};
+/// The gradients of x and of history (size 0 if absent) out of that of [history, x] (B, lead + T, D), in the
+/// tensors made for them.
+inline std::tuple<at::Tensor, at::Tensor> split_gradient(const ConvCall& call, const at::Tensor& grad,
+                                                         const at::Tensor& grad_x,
+                                                         const at::Tensor& grad_history) {
+  if (call.lead == 0) return {grad.to(grad_x.scalar_type()), grad_history};
+  return {grad_x.copy_(grad.narrow(1, call.lead, call.time)),
+          grad_history.copy_(grad.narrow(1, 0, call.lead))};
 }
 
 }  // namespace flashlm

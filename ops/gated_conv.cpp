@@ -68,8 +68,10 @@ at::Tensor composite(const at::Tensor& x, const at::Tensor& norm_scale, const at
       at::GradMode::is_enabled() &&
       (x.requires_grad() || norm_scale.requires_grad() || gate_weight.requires_grad() ||
        value_weight.requires_grad() || (history.has_value() && history->requires_grad()));
-  return std::get<0>(forward(x, norm_scale, gate_weight, value_weight, history, dilation, groups, eps,
-                             /*with_slopes=*/needs_gradient && gradient == "bfloat16"));
+  const bool with_slopes = needs_gradient && gradient == "bfloat16" && compute_dtype(x) == at::kFloat &&
+                           kernels::table<float>().bf16_panel > 0;
+  return std::get<0>(
+      forward(x, norm_scale, gate_weight, value_weight, history, dilation, groups, eps, with_slopes));
 }
 
 void check_arguments(const at::Tensor& x, const at::Tensor& norm_scale, const at::Tensor& gate_weight,
@@ -86,27 +88,39 @@ void check_arguments(const at::Tensor& x, const at::Tensor& norm_scale, const at
   TORCH_CHECK(eps >= 0, "gated_conv: eps must be >= 0, got ", eps);
 }
 
+std::vector<c10::SymInt> slopes_shape(const at::Tensor& x, int64_t groups) {
+  return {x.sym_size(0), groups, x.sym_size(1), 2 * (x.sym_size(2) / groups)};
+}
+
 /// Checks the arguments and makes the outputs: the Meta kernel, and the CPU kernel's first line.
 Outputs new_outputs(const at::Tensor& x, const at::Tensor& norm_scale, const at::Tensor& gate_weight,
                     const at::Tensor& value_weight, const std::optional<at::Tensor>& history,
                     int64_t dilation, int64_t groups, double eps, bool with_slopes) {
   check_arguments(x, norm_scale, gate_weight, value_weight, history, dilation, groups, eps);
-  std::vector<c10::SymInt> slopes = {0};
-  if (with_slopes && compute_dtype(x) == at::kFloat && kernels::table<float>().bf16_panel > 0) {
-    slopes = {x.sym_size(0), groups, x.sym_size(1), 2 * (x.sym_size(2) / groups)};
+  const auto shape = with_slopes ? slopes_shape(x, groups) : std::vector<c10::SymInt>{0};
+  return {x.new_empty_symint(x.sym_sizes()), x.new_empty_symint(shape, x.options().dtype(at::kBFloat16))};
+}
+
+/// Rows between two requests for memory: whole tiles of the kernels.
+constexpr int64_t kPiece = 24;
+
+/// Asks for (rows, width), rows `row` elements apart, that will soon be read or written: a group's columns
+/// are too far apart for the CPU to foresee. Addresses past an array's end do no harm. Always inlined, as
+/// whatever does nothing but call it must be: GCC takes such a function for one without effects, and drops
+/// the call.
+template <class T>
+[[gnu::always_inline]] inline void prefetch(const T* at, int64_t rows, int64_t width, int64_t row) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t r = 0; r < rows; ++r, at += row) {
+    for (int64_t i = 0; i < width; i += kLine) __builtin_prefetch(at + i, /*for writing*/ 0, /*locality*/ 2);
   }
-  return {x.new_empty_symint(x.sym_sizes()), x.new_empty_symint(slopes, x.options().dtype(at::kBFloat16))};
 }
 
 /// The slopes of group g at row `row` of all B*T.
-uint16_t* slopes_at(const ConvCall& call, uint16_t* slopes, int64_t row, int64_t g) {
+template <class Slope>
+Slope* slopes_at(const ConvCall& call, Slope* slopes, int64_t row, int64_t g) {
   const int64_t b = row / call.time, t = row % call.time;
   return slopes + ((b * call.groups + g) * call.time + t) * call.conv.out;
-}
-
-/// As the kernels take them; null if there are none.
-uint16_t* slopes_data(const at::Tensor& slopes) {
-  return slopes.numel() > 0 ? static_cast<uint16_t*>(slopes.mutable_data_ptr()) : nullptr;
 }
 
 // A block of time at a time, in it a group at a time: its rows and those they reach are normalised into a
@@ -117,6 +131,8 @@ Outputs forward_cpu(const at::Tensor& x, const at::Tensor& norm_scale, const at:
   Outputs outputs =
       new_outputs(x, norm_scale, gate_weight, value_weight, history, dilation, groups, eps, with_slopes);
   auto& [y, slopes] = outputs;
+  TORCH_CHECK(!with_slopes || kernels::table<float>().bf16_panel > 0,
+              "_gated_conv_forward: slopes need a CPU with AVX512-BF16, got the level ", kernels::isa());
   if (y.numel() == 0) return outputs;
   const at::Tensor in = kernel_input(x, x), scale = kernel_input(norm_scale, x);
   const at::Tensor before = history.has_value() ? kernel_input(*history, x) : at::Tensor();
@@ -127,7 +143,7 @@ Outputs forward_cpu(const at::Tensor& x, const at::Tensor& norm_scale, const at:
   // Rows are normalised once for their own block and again for each block that reaches back to them: longer
   // blocks for a longer reach.
   const int64_t longest = std::clamp(call.reach, kBlock, 4 * kBlock);
-  uint16_t* const all_slopes = slopes_data(slopes);
+  auto* const all_slopes = with_slopes ? static_cast<uint16_t*>(slopes.mutable_data_ptr()) : nullptr;
   dispatch(x, [&](auto t) {
     using T = decltype(t);
     const kernels::Table<T>& table = kernels::table<T>();
@@ -142,12 +158,12 @@ Outputs forward_cpu(const at::Tensor& x, const at::Tensor& norm_scale, const at:
           const int64_t next = rows * call.width;
           for (int64_t r = 0; r < rows; r += kPiece) {
             const int64_t count = std::min(kPiece, rows - r), at = (row + r) * call.width + g * conv.in;
-            prefetch<Access::kRead>(all_x + at + next, count, conv.in, call.width);
-            prefetch<Access::kWrite>(all_y + at + next, count, conv.in, call.width);
+            prefetch(all_x + at + next, count, conv.in, call.width);
+            prefetch(all_y + at + next, count, conv.in, call.width);
             table.causal_conv1d(conv, count, window + r * conv.in, conv.in, panels, convs, conv.out);
             if (all_slopes != nullptr) {
               uint16_t* const to = slopes_at(call, all_slopes, row + r, g);
-              prefetch<Access::kWrite>(to + rows * conv.out, count, conv.out, conv.out);
+              prefetch(to + rows * conv.out, count, conv.out, conv.out);
               table.gated_conv_slopes(count, conv.in, all_x + at, call.width, convs, all_y + at, to);
             } else {
               table.gated_conv(count, conv.in, all_x + at, call.width, convs, all_y + at);
@@ -159,15 +175,98 @@ Outputs forward_cpu(const at::Tensor& x, const at::Tensor& norm_scale, const at:
   return outputs;
 }
 
-Gradients new_gradients(const at::Tensor& grad_y, const at::Tensor& /*slopes*/, const at::Tensor& x,
+Gradients new_gradients(const at::Tensor& grad_y, const at::Tensor& slopes, const at::Tensor& x,
                         const at::Tensor& norm_scale, const at::Tensor& gate_weight,
                         const at::Tensor& value_weight, const std::optional<at::Tensor>& history,
                         int64_t dilation, int64_t groups, double eps) {
   check_arguments(x, norm_scale, gate_weight, value_weight, history, dilation, groups, eps);
   check_grad_y("_gated_conv_backward", grad_y, x);
+  TORCH_CHECK(slopes.scalar_type() == at::kBFloat16, "_gated_conv_backward: slopes must be bfloat16, got ",
+              slopes.scalar_type());
+  if (slopes.dim() != 1) {  // else there are none
+    const auto want = slopes_shape(x, groups);
+    TORCH_CHECK(compute_dtype(x) == at::kFloat, "_gated_conv_backward: float64 has no slopes");
+    check_dim("_gated_conv_backward", "slopes", slopes, 4);
+    for (int64_t d = 0; d < 4; ++d) {
+      check_size("_gated_conv_backward", "slopes' size", slopes.sym_size(d), want[d]);
+    }
+  }
   return {x.new_empty_symint(x.sym_sizes()), norm_scale.new_empty_symint(norm_scale.sym_sizes()),
           gate_weight.new_empty_symint(gate_weight.sym_sizes()),
           value_weight.new_empty_symint(value_weight.sym_sizes()), new_history_gradient(history, x)};
+}
+
+/// conv_backward with products of bfloat16 and sums in float32, where bf16_panel > 0.
+///   w                        side_by_side's weights
+///   fill(row, rows, g, grad) writes the convolutions' gradient in bfloat16
+///   soon(b, g, t, rows)      asks for what is needed after time steps t .. t + rows of group g
+/// The sum over time is one over pairs of time steps. The two of a pair lie half a sequence apart, so that a
+/// tap shifts pairs whatever its shift is.
+template <class Fill, class Soon, class Finish>
+at::Tensor conv_backward_bf16(const Input<float>& input, const at::Tensor& w, const at::Tensor& grad_h,
+                              const Fill& fill, const Soon& soon, const Finish& finish) {
+  const ConvCall& call = input.call;
+  const kernels::Table<float>& table = kernels::table<float>();
+  const int64_t in = call.conv.in, outs = call.conv.out, taps = call.conv.taps;
+  const int64_t panel = table.bf16_panel, half = (call.time + 1) / 2, edge = zero_rows(call);
+  // Rows before the first that any pair reads.
+  const int64_t before = call.lead > 0 ? call.lead : std::min(call.reach, call.time);
+
+  // (G, K, outs, in), the taps reversed, packed along K and outs: outs is even.
+  const at::Tensor back = w.permute({0, 3, 1, 2}).flip({1}).contiguous();
+  const at::Tensor packed = at::empty({call.groups, taps * outs / 2 * round_up(in, panel)}, at::kInt);
+  for (int64_t g = 0; g < call.groups; ++g) {
+    table.bf16_pack(taps * outs, in, back.const_data_ptr<float>() + g * back.stride(0), in,
+                    /*factor=*/nullptr, packed.mutable_data_ptr<int32_t>() + g * packed.size(1));
+  }
+
+  const int32_t* const all_panels = packed.const_data_ptr<int32_t>();
+  float* const all_grad = grad_h.mutable_data_ptr<float>();
+
+  const auto new_group = [&] {
+    return [&, h_padded = Scratch<float>((before + 2 * half) * in),
+            grads_padded = Scratch<int32_t>((edge + 2 * half + edge) * (outs / 2)),
+            h_pairs = Scratch<int32_t>((before + half) * round_up(in, panel)),
+            grad_pairs = Scratch<int32_t>(half * round_up(outs, panel))](
+               int64_t b, int64_t g, const float* rstd, float* grad_weight) {
+      float* const h = h_padded.data + before * in;
+      int32_t* const grads = grads_padded.data + edge * (outs / 2);
+      const auto rounded = [&](int64_t row) { return reinterpret_cast<uint16_t*>(grads + row * (outs / 2)); };
+      std::fill(h_padded.data, h - call.lead * in, 0.0f);
+      std::fill(h + call.time * in, h + 2 * half * in, 0.0f);
+      std::fill(grads_padded.data, grads, 0);
+      std::fill(grads + call.time * (outs / 2), grads_padded.data + grads_padded.size, 0);
+      input.columns(b, g, -call.lead, call.lead + call.time, rstd, h - call.lead * in);
+      table.bf16_zip(before + half, in, h_padded.data, h_padded.data + half * in, in, h_pairs.data);
+      for_blocks(call.time, [&](int64_t begin, int64_t count) {
+        fill(b * call.time + begin, count, g, rounded(begin));
+      });
+      table.bf16_zip_rounded(half, outs, rounded(0), rounded(half), outs, grad_pairs.data);
+      at::parallel_for(0, taps, 1, [&](int64_t k, int64_t last) {
+        for (; k < last; ++k) {
+          const int64_t first = before - call.reach + k * call.conv.dilation;
+          if (first < 0) continue;  // beyond all rows
+          table.gemm_bf16(in, outs, 2 * half,
+                          {h_pairs.data + first * panel, /*row=*/1, panel, (before + half) * panel},
+                          grad_pairs.data, /*alpha=*/1, grad_weight + k * in * outs, outs,
+                          /*accumulate=*/true);
+        }
+      });
+      float* const group_grad = all_grad + b * (call.lead + call.time) * call.width + g * in;
+      input_gradient(call, [&](kernels::Conv1d cut, int64_t count, int64_t from, int64_t to) {
+        cut.in /= 2;
+        for (int64_t r = 0; r < count; r += kPiece) {
+          const int64_t piece = std::min(kPiece, count - r);
+          float* const grad = group_grad + (to + r) * call.width;
+          soon(b, g, to + r - call.lead, piece);
+          prefetch(grad + in, piece, in, call.width);
+          table.causal_conv1d_bf16(cut, piece, grads + (from + r) * cut.in, cut.in,
+                                   all_panels + g * packed.size(1), grad, call.width);
+        }
+      });
+    };
+  };
+  return sum_over_sequences(input, new_group, finish);
 }
 
 /// rms_norm's backward in place on rows first .. first + count of sequence b, in grad (B, lead + T, D): from
@@ -222,27 +321,31 @@ Gradients backward_cpu(const at::Tensor& grad_y, const at::Tensor& slopes, const
       });
     };
     at::Tensor grad_weights;
-    if (uint16_t* const all_slopes = slopes_data(slopes)) {
-      grad_weights = conv_backward_bf16(
-          input, weights, grad,
-          [&](int64_t row, int64_t rows, int64_t g, uint16_t* grads) {
-            table.gated_conv_backward_slopes(rows, call.conv.in, grad_y_at(row, g), call.width,
-                                             slopes_at(call, all_slopes, row, g), grads);
-          },
-          [&](int64_t b, int64_t g, int64_t time, int64_t rows) __attribute__((always_inline)) {
-            const int64_t row = b * call.time + time, ins = call.conv.in;
-            if (time < 0) return;
-            if (g + 1 < call.groups) {
-              prefetch<Access::kRead>(grad_y_at(row, g + 1), rows, ins, call.width);
-              prefetch<Access::kRead>(slopes_at(call, all_slopes, row, g + 1), rows, 2 * ins, 2 * ins);
-            }
-            if (b + 1 < call.batch) {
-              const T* const next_x = input.x + (row + call.time) * call.width + g * ins;
-              prefetch<Access::kRead>(next_x, rows, ins, call.width);
-            }
-          },
-          finish);
-    } else {
+    if constexpr (std::is_same_v<T, float>) {
+      if (slopes.dim() > 1) {
+        const at::Tensor contiguous = slopes.contiguous();
+        const auto* const all_slopes = static_cast<const uint16_t*>(contiguous.const_data_ptr());
+        grad_weights = conv_backward_bf16(
+            input, weights, grad,
+            [&](int64_t row, int64_t rows, int64_t g, uint16_t* grads) {
+              table.gated_conv_backward_slopes(rows, call.conv.in, grad_y_at(row, g), call.width,
+                                               slopes_at(call, all_slopes, row, g), grads);
+            },
+            [&](int64_t b, int64_t g, int64_t time, int64_t rows) __attribute__((always_inline)) {
+              const int64_t row = b * call.time + time, ins = call.conv.in;
+              if (time < 0) return;
+              if (g + 1 < call.groups) {
+                prefetch(grad_y_at(row, g + 1), rows, ins, call.width);
+                prefetch(slopes_at(call, all_slopes, row, g + 1), rows, 2 * ins, 2 * ins);
+              }
+              if (b + 1 < call.batch) {
+                prefetch(input.x + (row + call.time) * call.width + g * ins, rows, ins, call.width);
+              }
+            },
+            finish);
+      }
+    }
+    if (!grad_weights.defined()) {
       const at::Tensor packed = pack_conv(call, weights), back = pack_conv(call, weights, true);
       grad_weights = conv_backward(
           input, back, grad,
@@ -254,7 +357,7 @@ Gradients backward_cpu(const at::Tensor& grad_y, const at::Tensor& slopes, const
           finish);
     }
     const at::Tensor grad_scale = sum_in_order<T>(grad_scales);
-    const auto [grad_x, grad_history] = split_gradient(grad, x, history);
+    const auto [grad_x, grad_history] = split_gradient(call, grad, std::get<0>(out), std::get<4>(out));
     out = {grad_x, grad_scale.to(x.scalar_type()), weight_gradient(call, grad_weights, 0).to(x.scalar_type()),
            weight_gradient(call, grad_weights, 1).to(x.scalar_type()), grad_history};
   });

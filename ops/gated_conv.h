@@ -17,9 +17,8 @@ namespace flashlm {
 ///   x            (B, T, D)               float32, bfloat16 or float64, any strides
 ///   norm_scale   (D)                     same dtype
 ///   gate_weight  (D, D/groups, K)        same dtype; value_weight alike
-///   history      (B, (K−1)·dilation, D)  same dtype; the rows of x (not of h) that precede it. Zero rows,
-///   with
-///                                        eps > 0, are as good as none.
+///   history      (B, (K−1)·dilation, D)  same dtype; the rows of x (not of h) that precede it. With eps > 0,
+///                                        zero rows are as good as none.
 ///   returns      (B, T, D)               same dtype, contiguous; differentiable in all tensors
 ///
 /// A sequence fed in pieces, each with the rows before it as history, gives exactly the result of the whole.

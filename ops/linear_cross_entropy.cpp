@@ -441,13 +441,16 @@ struct KeptLogits {
   using T = typename P::Value;
   using Kept = typename P::Kept;
   static constexpr bool kRounded = !std::is_same_v<Kept, T>;
+  /// Whether logits and their gradients are made where they are kept.
+  static bool in_place(const KeptLogits* kept) { return kept != nullptr && !kRounded; }
 
   KeptLogits(const Cut& cut, int64_t rows)
       : capacity(rows), memory(rows * cut.blocks * kBlockStride), max(kRounded ? rows * cut.blocks : 0) {
     prefer_huge_pages(memory.data, memory.size * static_cast<int64_t>(sizeof(Kept)));
   }
 
-  /// Rows of a block, as many as its stride, lie in memory; rows are counted from the chunk's first.
+  /// Number of a block's row, for `max`, and in rows of kBlockStride values for the memory. Rows are counted
+  /// from the chunk's first.
   int64_t offset(int64_t row, int64_t word) const { return word / kBlockWords * capacity + row; }
   Kept* block(int64_t row, int64_t word) const { return memory.data + offset(row, word) * kBlockStride; }
 
@@ -508,7 +511,7 @@ void scan_vocabulary(const Problem& p, const Cut& cut, const LeftOfLogits<P>& h,
   const int64_t groups = cut.groups_of(end - begin);
   at::parallel_for(0, cut.slabs * groups, 1, [&](int64_t first, int64_t last) {
     Scratch<typename P::Packed> packed(P::right_size(p.width, kBlockWords));
-    Scratch<T> scratch(kBlockRows * kBlockStride);
+    Scratch<T> scratch(KeptLogits<P>::in_place(kept) ? 0 : kBlockRows * kBlockStride);
     for_each_task(first, last, groups, begin, end, [&](int64_t slab, int64_t, int64_t from, int64_t to) {
       T* max = s.max.data + slab * p.rows;
       T* sum_exp = s.sum_exp.data + slab * p.rows;
@@ -622,7 +625,8 @@ struct RowGradients {
     shift[r] = static_cast<T>(grad * o.label_smoothing / static_cast<double>(p.words));
     hit[r] = static_cast<T>(grad * (1 - o.label_smoothing));
   }
-  /// To be called after set, where the target's logit is known: its own gradient.
+  /// The gradient of the target's own logit, where that is known; to be called after set. Out of a kept
+  /// p(y) that is rounded and near 1, p(y) - 1 would be nothing but the rounding.
   void set_target(int64_t r, T z_target) {
     at_target[r] = factor[r] * std::exp(z_target - lse[r]) - shift[r] - hit[r];
   }
@@ -678,7 +682,7 @@ void backward_chunk(const Problem& p, const Cut& cut, const LeftOfLogits<P>& h, 
   };
   const int64_t groups = cut.groups_of(rows_in_chunk);
   at::parallel_for(0, cut.slabs * groups, 1, [&](int64_t first, int64_t last) {
-    Scratch<T> scratch(kBlockRows * kBlockStride);
+    Scratch<T> scratch(KeptLogits<P>::in_place(kept) ? 0 : kBlockRows * kBlockStride);
     Scratch<typename P::Packed> columns(kept ? 0 : P::right_size(width, kBlockWords)),
         rows_of_weight(grad.h ? P::right_size(kBlockWords, width) : 0),
         left(P::left_size(kBlockRows, kBlockWords));

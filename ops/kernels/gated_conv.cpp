@@ -47,8 +47,7 @@ void gated_conv_slopes(int64_t rows, int64_t width, const float* x, int64_t x_ro
   for_each_gate(rows, width, x, x_row, convs, y,
                 [&](int64_t r, int64_t i, const Vec<float>& open, const Vec<float>& value) {
                   uint16_t* to = slopes + r * 2 * width + i;
-                  // Not (open * value) * ...: y then would not be made by a fused multiply-add, in other
-                  // bits.
+                  // As (open * value) * ... it would take y's fused multiply-add apart.
                   store_bf16(to, value * (open * (1.0f - open)), width - i);
                   store_bf16(to + width, open, width - i);
                 });

@@ -123,11 +123,7 @@ inline Vec<int32_t> zipped(const float* first, const float* second, int64_t n) {
   return pairs_of(load_up_to(first, n), load_up_to(second, n));
 }
 inline Vec<int32_t> zipped(const uint16_t* first, const uint16_t* second, int64_t n) {
-  const __mmask16 lanes = static_cast<__mmask16>(n >= kPanel ? 0xffff : (1u << n) - 1);
-  const auto widened = [&](const uint16_t* from) {
-    return (Vec<int32_t>)_mm512_maskz_cvtepu16_epi32(0xffff, _mm256_maskz_loadu_epi16(lanes, from));
-  };
-  return widened(first) | widened(second) << 16;
+  return load_bf16_bits(first, n) | load_bf16_bits(second, n) << 16;
 }
 
 template <class Source>

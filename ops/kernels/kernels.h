@@ -128,6 +128,7 @@ struct Table {
   void (*cross_entropy_bf16_backward)(int64_t rows, int64_t cols, const uint16_t* kept, int64_t kept_row,
                                       const T* max, const T* lse, const T* factor, const T* shift, T* grad_z,
                                       int64_t z_row);
+
   // ---- causal_conv1d: see Conv1d; x(t, c) = x[t * x_row + c], and so on ----
 
   /// y is written. `packed`: w (taps * in, out) packed by gemm_pack.
@@ -192,8 +193,8 @@ struct Table {
   /// bf16_pack from int8, which bfloat16 holds exactly.
   void (*bf16_pack_int8)(int64_t depth, int64_t n, const int8_t* b, int64_t b_row, int32_t* packed);
 
-  /// The same from two matrices (pairs, n), row p at p * row, that hold the pairs' first and second halves:
-  /// of float32, or in bfloat16 already.
+  /// bf16_pack's layout of two matrices (pairs, n), row p at p * row, that hold the pairs' first and second
+  /// halves: of float32, or in bfloat16 already.
   void (*bf16_zip)(int64_t pairs, int64_t n, const T* first, const T* second, int64_t row, int32_t* packed);
   void (*bf16_zip_rounded)(int64_t pairs, int64_t n, const uint16_t* first, const uint16_t* second,
                            int64_t row, int32_t* packed);

@@ -152,11 +152,15 @@ inline void store_up_to(T* p, Vec<T> v, int64_t n) {
 
 inline __mmask16 lanes_up_to(int64_t n) { return static_cast<__mmask16>(n >= 16 ? 0xffff : (1u << n) - 1); }
 
-/// As many of kLanes<float> values as n allows, the rest zero.
-inline Vec<float> load_bf16(const uint16_t* p, int64_t n) {
-  const __m256i bits = _mm256_maskz_loadu_epi16(lanes_up_to(n), p);
+/// As many of kLanes<float> values as n allows, one in the lower half of each lane, the rest zero.
+inline Vec<int32_t> load_bf16_bits(const uint16_t* p, int64_t n) {
   // Unmasked, GCC 12 warns (its bug 105593).
-  return (Vec<float>)_mm512_maskz_slli_epi32(0xffff, _mm512_maskz_cvtepu16_epi32(0xffff, bits), 16);
+  return (Vec<int32_t>)_mm512_maskz_cvtepu16_epi32(0xffff, _mm256_maskz_loadu_epi16(lanes_up_to(n), p));
+}
+
+inline Vec<float> load_bf16(const uint16_t* p, int64_t n) {
+  const Vec<int32_t> bits = load_bf16_bits(p, n) << 16;
+  return (Vec<float>)bits;
 }
 
 /// Rounded to nearest, ties to even.
@@ -173,7 +177,7 @@ inline void store_bf16(uint16_t* p, Vec<float> v, int64_t n) {
 /// The first n bytes at p, one in each 32-bit lane as 0 .. 255, the rest zero; none if n <= 0.
 inline Vec<int32_t> load_bytes(const int8_t* p, int64_t n) {
   constexpr int64_t lanes = kLanes<int32_t>;
-  int8_t bytes[lanes < 8 ? 8 : lanes] = {};
+  int8_t bytes[lanes] = {};
   if (n >= lanes) {
     memcpy(bytes, p, lanes);
   } else if (n > 0) {
@@ -299,7 +303,8 @@ inline Vec<double> vec_exp(Vec<double> x) {
   return x;
 }
 
-/// 1 / x for 1 <= x < 2^126, or NaN, right to a unit in the last place.
+/// 1 / x for x >= 1, or NaN, right to a unit in the last place; beyond 2^126, where it is no normal float, to
+/// 2^-126.
 template <class T>
 inline Vec<T> vec_reciprocal(Vec<T> x) {
   return T(1) / x;

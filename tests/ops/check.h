@@ -119,4 +119,16 @@ inline void require_same_for_any_threads(const std::function<Tensors()>& f) {
   at::set_num_threads(threads);
 }
 
+/// y itself, whose gradient is never defined.
+inline at::Tensor without_gradient(const at::Tensor& y) {
+  struct WithoutGradient : torch::autograd::Function<WithoutGradient> {
+    static at::Tensor forward(torch::autograd::AutogradContext*, const at::Tensor& x) { return x.clone(); }
+    static torch::autograd::variable_list backward(torch::autograd::AutogradContext*,
+                                                   const torch::autograd::variable_list&) {
+      return {at::Tensor()};
+    }
+  };
+  return WithoutGradient::apply(y);
+}
+
 }  // namespace flashlm::testing

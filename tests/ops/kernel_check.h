@@ -4,6 +4,7 @@
 
 #include <catch2/catch.hpp>
 #include <cstdint>
+#include <cstring>
 #include <random>
 #include <vector>
 
@@ -33,6 +34,20 @@ void for_each_table_with(int64_t Table<float>::*panel, const F& f) {
     INFO(level.name);
     f(level.float_table());
   }
+}
+
+/// The bits of a bfloat16: x rounded to nearest, ties to even.
+inline uint16_t bfloat16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+inline float from_bfloat16(uint16_t x) {
+  const uint32_t bits = uint32_t{x} << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
 }
 
 /// The table of the level that every machine runs, whose bits the others are held to.

@@ -90,6 +90,19 @@ TEST_CASE("bit_linear equals its reference for any shape, stride and dtype", "[b
   require_equal(run(mode, slices), run(mode, t));
 }
 
+TEST_CASE("bit_linear passes on that there is no gradient", "[bit_linear]") {
+  for (const Mode& mode : modes()) {
+    Tensors inputs = inputs_for(mode, {3, 8}, 5, at::kFloat);
+    for (at::Tensor& t : inputs) t.requires_grad_();
+    const at::Tensor y = without_gradient(run(mode, inputs));
+    const Tensors grads = torch::autograd::grad({y.sum() + inputs[0].sum()}, inputs, {}, std::nullopt,
+                                                /*create_graph=*/false, /*allow_unused=*/true);
+    INFO(mode);
+    require_equal(grads[0], at::ones_like(inputs[0]));
+    for (size_t i = 1; i < grads.size(); ++i) REQUIRE_FALSE(grads[i].defined());
+  }
+}
+
 TEST_CASE("bit_linear is exact where its arithmetic is", "[bit_linear]") {
   // Multiples of 1/8 below 2, weights whose threshold is no weight: float sums are exact in any order.
   const auto dtype = GENERATE(at::kFloat, at::kDouble);

@@ -130,20 +130,6 @@ void test_gate(const Table<T>& table) {
   }
 }
 
-/// The bits of a bfloat16: x rounded to nearest, ties to even.
-uint16_t bfloat16(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-float from_bfloat16(uint16_t x) {
-  const uint32_t bits = uint32_t{x} << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
 int32_t pair_of(uint16_t first, uint16_t second) {
   return static_cast<int32_t>(first | uint32_t{second} << 16);
 }

@@ -115,8 +115,6 @@ TEST_CASE("cross_entropy_backward at every width, inside its block only", "[cros
 
 TEST_CASE("cross_entropy_bf16 keeps what cross_entropy sums, for its gradient", "[cross_entropy]") {
   on_every_level<float>([](const Table<float>& t) {
-    REQUIRE((t.cross_entropy_bf16 != nullptr) == (t.bf16_panel > 0));
-    REQUIRE((t.cross_entropy_bf16_backward != nullptr) == (t.bf16_panel > 0));
     if (t.bf16_panel == 0) return;
     constexpr int64_t kRows = 3;
     const float lse[kRows] = {1, 12, -2}, factor[kRows] = {0.5, -1, 2}, shift[kRows] = {0, 0.25, -3};

@@ -12,16 +12,19 @@
 
 using namespace flashlm::kernels;
 
-namespace {
-
-float to_float(uint32_t bf16) {
-  bf16 <<= 16;
-  float value;
-  std::memcpy(&value, &bf16, sizeof value);
-  return value;
+TEST_CASE("functions of bfloat16 are there where bf16_panel says so", "[gemm_bf16]") {
+  for_each_table([](const auto& t) {
+    const bool has_it = t.bf16_panel > 0;
+    REQUIRE((t.gemm_bf16 != nullptr) == has_it);
+    REQUIRE((t.bf16_zip != nullptr) == has_it);
+    REQUIRE((t.bf16_zip_rounded != nullptr) == has_it);
+    REQUIRE((t.causal_conv1d_bf16 != nullptr) == has_it);
+    REQUIRE((t.gated_conv_slopes != nullptr) == has_it);
+    REQUIRE((t.gated_conv_backward_slopes != nullptr) == has_it);
+    REQUIRE((t.cross_entropy_bf16 != nullptr) == has_it);
+    REQUIRE((t.cross_entropy_bf16_backward != nullptr) == has_it);
+  });
 }
-
-}  // namespace
 
 TEST_CASE("gemm_bf16 equals the triple loop at every size around its tile", "[gemm_bf16]") {
   for_each_table_with(&Table<float>::bf16_panel, [](const Table<float>& t) {
@@ -98,15 +101,15 @@ TEST_CASE("bfloat16 packing holds int8 exactly and rounds floats to nearest, tie
     t.bf16_pack_int8(16, 16, bytes.data(), 16, from_bytes.data());
     t.bf16_pack(16, 16, floats.data(), 16, nullptr, from_floats.data());
     REQUIRE(from_bytes == from_floats);
-    REQUIRE(to_float(static_cast<uint32_t>(from_bytes[0]) & 0xffff) == -128);
-    REQUIRE(to_float(static_cast<uint32_t>(from_bytes[0]) >> 16) == -112);
+    REQUIRE(from_bfloat16(static_cast<uint16_t>(from_bytes[0])) == -128);
+    REQUIRE(from_bfloat16(static_cast<uint16_t>(from_bytes[0] >> 16)) == -112);
     const float infinity = std::numeric_limits<float>::infinity();
     const std::vector<float> x = {1 + 0x1p-8f, 1 + 0x3p-8f, -1 - 0x1.02p-8f, 3e38f, infinity, NAN};
     const std::vector<float> want = {1, 1 + 0x4p-8f, -1 - 0x2p-8f, 3e38f, infinity, NAN};
     std::vector<int32_t> pairs(3);
     t.bf16_pack_rows(1, 6, x.data(), 6, pairs.data());
     for (int i = 0; i < 6; ++i) {
-      const float got = to_float(static_cast<uint32_t>(pairs[i / 2]) >> (i % 2 * 16) & 0xffff);
+      const float got = from_bfloat16(static_cast<uint16_t>(pairs[i / 2] >> (i % 2 * 16)));
       if (std::isnan(want[i])) {
         REQUIRE(std::isnan(got));
       } else if (std::isinf(want[i])) {

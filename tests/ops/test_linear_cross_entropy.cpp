@@ -366,6 +366,24 @@ TEST_CASE("linear_cross_entropy in bfloat16 rounds the operands of its products,
   }
 }
 
+TEST_CASE("linear_cross_entropy in bfloat16 keeps the gradients of targets that are all but certain",
+          "[linear_cross_entropy]") {
+  // Operands exact in bfloat16, so that the logits are; 1 - p(y) is 1e-5 to 1e-2, where p(y) in bfloat16
+  // is 1.
+  constexpr int64_t kPositions = 40, kWords = 300, kWidth = 64;
+  const at::Tensor weight = randn({kWords, kWidth}).sign() * 0.25,
+                   y = targets({kPositions}, kWords, {}, false);
+  const Tensors inputs = {(weight.index_select(0, y) * 4).requires_grad_(), weight.clone().requires_grad_(),
+                          at::Tensor()};
+  const auto grads = [&](const std::string& precision) {
+    const at::Tensor loss = std::get<0>(run(inputs, y, {0, 0, -100, "sum", precision}));
+    REQUIRE(loss.item<double>() < 0.01 * kPositions);
+    return torch::autograd::grad({loss}, {inputs[0], inputs[1]});
+  };
+  const Tensors got = grads("bfloat16"), want = grads("float32");
+  for (size_t i = 0; i < got.size(); ++i) require_close_in_norm(got[i], want[i], 1e-2);
+}
+
 TEST_CASE("linear_cross_entropy in bfloat16 is float32 for what is exact in bfloat16",
           "[linear_cross_entropy]") {
   // Logits are dyadic, so all but the gradients have the same bits; bfloat16 inputs get no other result.
@@ -407,7 +425,7 @@ TEST_CASE("linear_cross_entropy never holds the logits", "[linear_cross_entropy]
   constexpr int64_t kPositions = 8192, kWords = 20000, kWidth = 16, kSlabs = 32;
   const Tensors inputs = parameters({kPositions}, kWords, kWidth, true, at::kFloat);
   const at::Tensor y = targets({kPositions}, kWords, {}, /*ignore=*/false);
-  const std::string reduction = GENERATE("mean", "none");
+  const std::string reduction = GENERATE("mean", "none"), precision = GENERATE("float32", "bfloat16");
   const int64_t threads = at::get_num_threads();
   // The header's formulas, and room for what is (N) or (V).
   constexpr int64_t kSmall = 32 * (kPositions + kWords);
@@ -418,7 +436,7 @@ TEST_CASE("linear_cross_entropy never holds the logits", "[linear_cross_entropy]
   at::Tensor loss;
   {
     PeakMemory peak;
-    loss = std::get<0>(run(inputs, y, {0, 0, -100, reduction}));
+    loss = std::get<0>(run(inputs, y, {0, 0, -100, reduction, precision}));
     REQUIRE(peak.bytes() > 0);
     REQUIRE(peak.bytes() < forward + at_once + kSmall);
   }
