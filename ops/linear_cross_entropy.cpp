@@ -435,7 +435,7 @@ void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t byt
 
 /// What the forward pass leaves to the backward pass of the logits of a chunk of rows, block by block: the
 /// logits themselves, or where their gradients will be rounded to bfloat16 anyhow, e^(z - max) in bfloat16,
-/// with max as it was after the block.
+/// with max as it was after the block. A p(y) near 1 loses nothing to that: its word is the max, its e 1.
 template <class P>
 struct KeptLogits {
   using T = typename P::Value;
@@ -614,8 +614,7 @@ ThreeTensors forward_cpu(const Tensor& h, const Tensor& weight, const OptionalTe
 /// The gradient of row r's logits is factor p - shift - [at the target] hit.
 template <class T>
 struct RowGradients {
-  explicit RowGradients(const Problem& p)
-      : lse(p.rows), factor(p.rows), shift(p.rows), hit(p.rows), at_target(p.rows) {}
+  explicit RowGradients(const Problem& p) : lse(p.rows), factor(p.rows), shift(p.rows), hit(p.rows) {}
 
   /// grad: of the row's loss, before the mean is taken.
   void set(const Problem& p, const Options& o, int64_t r, double lse_r, double grad) {
@@ -625,13 +624,7 @@ struct RowGradients {
     shift[r] = static_cast<T>(grad * o.label_smoothing / static_cast<double>(p.words));
     hit[r] = static_cast<T>(grad * (1 - o.label_smoothing));
   }
-  /// The gradient of the target's own logit, where that is known; to be called after set. Out of a kept
-  /// p(y) that is rounded and near 1, p(y) - 1 would be nothing but the rounding.
-  void set_target(int64_t r, T z_target) {
-    at_target[r] = factor[r] * std::exp(z_target - lse[r]) - shift[r] - hit[r];
-  }
-
-  std::vector<T> lse, factor, shift, hit, at_target;
+  std::vector<T> lse, factor, shift, hit;
 };
 
 template <class T>
@@ -698,12 +691,11 @@ void backward_chunk(const Problem& p, const Cut& cut, const LeftOfLogits<P>& h, 
               T* z = scratch.data;
               if (kept) {
                 z = kept->gradient(row - begin, rows, word, words, lse, factor, shift, z);
-                for_each_target(p, row, rows, word, words, z, [&](int64_t r, T& dz) { dz = g.at_target[r]; });
               } else {
                 block_logits<P>(p, h.blocks[row / kBlockRows], rows, word, words, columns.data, z);
                 P::table().cross_entropy_backward(rows, words, z, kBlockStride, lse, factor, shift);
-                for_each_target(p, row, rows, word, words, z, [&](int64_t r, T& dz) { dz -= g.hit[r]; });
               }
+              for_each_target(p, row, rows, word, words, z, [&](int64_t r, T& dz) { dz -= g.hit[r]; });
               if (grad.h) {
                 P::multiply(rows, width, words, P::left(rows, words, z, kBlockStride, left.data),
                             rows_of_weight.data, grad_h_of(slab, row), width,
@@ -791,10 +783,7 @@ std::tuple<ThreeTensors, ThreeTensors> forward_backward_as(const Problem& p, con
     const int64_t end = std::min(p.rows, row + chunk);
     scan_vocabulary<P>(p, cut, h, row, end, s, &kept);
     losses.finish(p, cut, o, row, end, s);
-    for (int64_t r = row; r < end; ++r) {
-      g.set(p, o, r, losses.lse[r], /*grad=*/1);
-      g.set_target(r, s.z_target.data[r]);
-    }
+    for (int64_t r = row; r < end; ++r) g.set(p, o, r, losses.lse[r], /*grad=*/1);
     backward_chunk<P>(p, cut, h, g, row, end, grads.pointers(), &kept);
   }
   return {losses.reduced<T>(p, o, shape), grads.sums()};
