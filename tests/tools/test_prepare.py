@@ -107,17 +107,16 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(large, tmp_path):
     expected = contents(tmp_path / "unbroken")
     random_moments = random.Random(5)
     out = tmp_path / "out"
-    resumed = []
+    # Whether a journal had been written by then is the machine's speed; that it is used, tests/data/test_prepare.cpp says.
     for _ in range(4):
         for percent in sorted(random_moments.randrange(100) for _ in range(2)):  # two kills, one after the other
             watched = Watched(*args, out)
             watched.read_until(percent)
             watched.end(signal.SIGKILL)
-        resumed.append("resumed" in succeed("flashlm", *args, out))
+        succeed("flashlm", *args, out)
         assert contents(out) == expected
         for path in out.iterdir():
             path.unlink()
-    assert any(resumed)
 
 
 def test_interrupted_it_says_that_it_goes_on(large, tmp_path):
