@@ -624,6 +624,7 @@ struct RowGradients {
     shift[r] = static_cast<T>(grad * o.label_smoothing / static_cast<double>(p.words));
     hit[r] = static_cast<T>(grad * (1 - o.label_smoothing));
   }
+
   std::vector<T> lse, factor, shift, hit;
 };
 

@@ -70,9 +70,8 @@ void check_like_f(const char* op, const char* name, const Tensor& t, const Tenso
   for (int64_t d = 0; d < t.dim(); ++d) TORCH_SYM_CHECK(t.sym_size(d).sym_eq(want[d]), rule());
 }
 
-/// Checks the arguments and makes the outputs: the Meta kernel, and the CPU kernel's first line.
-Outputs new_outputs(const Tensor& f, const Tensor& c, const OptionalTensor& h0,
-                    const OptionalTensor& lower_bound, std::string_view activation) {
+void check_arguments(const Tensor& f, const Tensor& c, const OptionalTensor& h0,
+                     const OptionalTensor& lower_bound, std::string_view activation) {
   check_floating("mlgru", "f", f);
   check_dim("mlgru", "f", f, 3);
   const c10::SymInt width = f.sym_size(2), state[] = {f.sym_size(0), width};
@@ -86,16 +85,23 @@ Outputs new_outputs(const Tensor& f, const Tensor& c, const OptionalTensor& h0,
         "mlgru: lower_bound is for activation silu, got activation none; without it f is used as it is");
     check_like_f("mlgru", "lower_bound", *lower_bound, f, "(D)", width);
   }
-  return {f.new_empty_symint(f.sym_sizes()), f.new_empty_symint(state)};
+}
+
+/// Checks the arguments and makes the outputs: the Meta kernel, and the CPU kernel's first line.
+Outputs new_outputs(const Tensor& f, const Tensor& c, const OptionalTensor& h0,
+                    const OptionalTensor& lower_bound, std::string_view activation) {
+  check_arguments(f, c, h0, lower_bound, activation);
+  return {f.new_empty_symint(f.sym_sizes()), f.new_empty_symint({f.sym_size(0), f.sym_size(2)})};
 }
 
 Gradients new_gradients(const Tensor& grad_h, const Tensor& grad_h_last, const Tensor& f, const Tensor& c,
                         const Tensor& h, const OptionalTensor& h0, const OptionalTensor& lower_bound,
                         std::string_view activation) {
-  const auto [like_h, like_h_last] = new_outputs(f, c, h0, lower_bound, activation);
-  check_like_f("_mlgru_backward", "grad_h", grad_h, f, "(B, T, D)", like_h.sym_sizes());
-  check_like_f("_mlgru_backward", "grad_h_last", grad_h_last, f, "(B, D)", like_h_last.sym_sizes());
-  check_like_f("_mlgru_backward", "h", h, f, "(B, T, D)", like_h.sym_sizes());
+  check_arguments(f, c, h0, lower_bound, activation);
+  const c10::SymInt state[] = {f.sym_size(0), f.sym_size(2)};
+  check_like_f("_mlgru_backward", "grad_h", grad_h, f, "(B, T, D)", f.sym_sizes());
+  check_like_f("_mlgru_backward", "grad_h_last", grad_h_last, f, "(B, D)", state);
+  check_like_f("_mlgru_backward", "h", h, f, "(B, T, D)", f.sym_sizes());
   const auto new_gradient = [&](const OptionalTensor& t) {
     return t ? t->new_empty_symint(t->sym_sizes()) : f.new_empty({0});
   };
