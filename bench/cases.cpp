@@ -449,7 +449,8 @@ at::Tensor eager_hierarchical(const Tensors& t, const Classes& classes, const at
   return loss / target.numel();
 }
 
-Case hierarchical_cross_entropy_case(int64_t positions, int64_t width, int64_t vocabulary) {
+Case hierarchical_cross_entropy_case(int64_t positions, int64_t width, int64_t vocabulary,
+                                     const char* precision) {
   const auto make = [=] {
     const Classes classes(vocabulary, 224, 2000);
     const at::Tensor target = classes.frequency.multinomial(positions, /*replacement=*/true);
@@ -459,20 +460,23 @@ Case hierarchical_cross_entropy_case(int64_t positions, int64_t width, int64_t v
     const at::Tensor of_class = at::bucketize(target, classes.offsets, false, true) - 1;
     const double rows =
         sizes.index_select(0, of_class).sum().item<double>() + static_cast<double>(positions * count);
-    Contest contest = products(3 * rows * static_cast<double>(width), Pass::kForwardBackward, "float32");
+    Contest contest = products(3 * rows * static_cast<double>(width), Pass::kForwardBackward, precision);
     add_expressions(
         contest,
         {at::randn({positions, width}), at::randn({count, width}) * 0.02,
          at::randn({vocabulary, width}) * 0.02},
         [=](const Tensors& t) {
           return std::get<0>(hierarchical_cross_entropy(t[0], t[1], std::nullopt, t[2], std::nullopt,
-                                                        classes.words, classes.offsets, target));
+                                                        classes.words, classes.offsets, target,
+                                                        /*label_smoothing=*/0, /*z_loss=*/0,
+                                                        /*ignore_index=*/-100, "mean", precision));
         },
         [=](const Tensors& t) { return eager_hierarchical(t, classes, target); });
     return contest;
   };
-  return {std::string("hierarchical_cross_entropy, ") + pass_name(Pass::kForwardBackward),
-          by(positions, width, vocabulary), make};
+  return {
+      std::string("hierarchical_cross_entropy, ") + pass_name(Pass::kForwardBackward) + " in " + precision,
+      by(positions, width, vocabulary), make};
 }
 
 Case adaptive_cross_entropy_case(int64_t positions, int64_t width, const std::vector<int64_t>& cutoffs,
@@ -632,8 +636,8 @@ std::vector<Case> cases(const Ggml* ggml, int threads) {
     for (const auto& [positions, vocabulary] : kHeads) {
       all.push_back(linear_cross_entropy_case(positions, 256, vocabulary, precision));
     }
+    all.push_back(hierarchical_cross_entropy_case(8192, 256, 50257, precision));
   }
-  all.push_back(hierarchical_cross_entropy_case(8192, 256, 50257));
   all.push_back(adaptive_cross_entropy_case(8192, 256, {2000, 10000}, 50257));
   all.push_back(newton_schulz_case(683, 256));
   all.push_back(adamw_case(50257, 256));

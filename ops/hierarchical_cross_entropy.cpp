@@ -19,6 +19,7 @@
 
 #include "ops/common.h"
 #include "ops/linear_cross_entropy.h"
+#include "ops/products.h"
 #include "ops/scalar_loss.h"
 
 namespace flashlm {
@@ -49,19 +50,19 @@ TORCH_LIBRARY_FRAGMENT(flashlm, m) {
       {at::Tag::pt2_compliant_tag});
   m.def(
       "_hierarchical_words_forward(Tensor h, Tensor word_weight, Tensor? word_bias, Tensor class_words, "
-      "Tensor class_offsets, Tensor place, float label_smoothing, float z_loss, str reduction) "
-      "-> (Tensor loss, Tensor nll, Tensor lse)",
+      "Tensor class_offsets, Tensor place, float label_smoothing, float z_loss, str reduction, "
+      "str precision) -> (Tensor loss, Tensor nll, Tensor lse)",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "_hierarchical_words_forward_backward(Tensor h, Tensor word_weight, Tensor? word_bias, "
       "Tensor class_words, Tensor class_offsets, Tensor place, float label_smoothing, float z_loss, "
-      "str reduction, bool[3] output_mask) -> (Tensor loss, Tensor nll, Tensor lse, Tensor grad_h, "
-      "Tensor grad_weight, Tensor grad_bias)",
+      "str reduction, str precision, bool[3] output_mask) -> (Tensor loss, Tensor nll, Tensor lse, "
+      "Tensor grad_h, Tensor grad_weight, Tensor grad_bias)",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "_hierarchical_words_backward(Tensor grad_loss, Tensor h, Tensor word_weight, Tensor? word_bias, "
       "Tensor class_words, Tensor class_offsets, Tensor place, Tensor lse, float label_smoothing, "
-      "float z_loss, str reduction, bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
+      "float z_loss, str reduction, str precision, bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
       {at::Tag::pt2_compliant_tag});
 }
 
@@ -265,40 +266,42 @@ TwoTensors places_cpu(c10::string_view name, const Tensor& class_words, const Te
 
 ThreeTensors words_forward(const Tensor& h, const Tensor& word_weight, const OptionalTensor& word_bias,
                            const Tensor& class_words, const Tensor& class_offsets, const Tensor& place,
-                           double label_smoothing, double z_loss, c10::string_view reduction) {
+                           double label_smoothing, double z_loss, c10::string_view reduction,
+                           c10::string_view precision) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("flashlm::_hierarchical_words_forward", "")
                              .typed<decltype(words_forward)>();
   return op.call(h, word_weight, word_bias, class_words, class_offsets, place, label_smoothing, z_loss,
-                 reduction);
+                 reduction, precision);
 }
 
 ThreeTensors words_backward(const Tensor& grad_loss, const Tensor& h, const Tensor& word_weight,
                             const OptionalTensor& word_bias, const Tensor& class_words,
                             const Tensor& class_offsets, const Tensor& place, const Tensor& lse,
                             double label_smoothing, double z_loss, c10::string_view reduction,
-                            std::array<bool, 3> output_mask) {
+                            c10::string_view precision, std::array<bool, 3> output_mask) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("flashlm::_hierarchical_words_backward", "")
                              .typed<decltype(words_backward)>();
   return op.call(grad_loss, h, word_weight, word_bias, class_words, class_offsets, place, lse,
-                 label_smoothing, z_loss, reduction, output_mask);
+                 label_smoothing, z_loss, reduction, precision, output_mask);
 }
 
 SixTensors words_forward_backward(const Tensor& h, const Tensor& word_weight, const OptionalTensor& word_bias,
                                   const Tensor& class_words, const Tensor& class_offsets, const Tensor& place,
                                   double label_smoothing, double z_loss, c10::string_view reduction,
-                                  std::array<bool, 3> output_mask) {
+                                  c10::string_view precision, std::array<bool, 3> output_mask) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("flashlm::_hierarchical_words_forward_backward", "")
                              .typed<decltype(words_forward_backward)>();
   return op.call(h, word_weight, word_bias, class_words, class_offsets, place, label_smoothing, z_loss,
-                 reduction, output_mask);
+                 reduction, precision, output_mask);
 }
 
 ThreeTensors new_outputs(const Tensor& h, const Tensor& word_weight, const OptionalTensor& word_bias,
                          const Tensor& class_words, const Tensor& class_offsets, const Tensor& place,
-                         double label_smoothing, double z_loss, c10::string_view reduction) {
+                         double label_smoothing, double z_loss, c10::string_view reduction,
+                         c10::string_view precision) {
   check_h(kLoss, h);
   check_level(kLoss, "word", word_weight, word_bias, h);
   check_classes(kLoss, class_words, class_offsets, word_weight);
@@ -308,6 +311,8 @@ ThreeTensors new_outputs(const Tensor& h, const Tensor& word_weight, const Optio
   TORCH_CHECK(z_loss >= 0, kLoss, ": z_loss must be >= 0, got ", z_loss);
   TORCH_CHECK(reduction == "mean" || reduction == "sum" || reduction == "none", kLoss,
               ": reduction must be mean, sum or none, got '", reduction, "'");
+  TORCH_CHECK(precision == "float32" || precision == "bfloat16", kLoss,
+              ": precision must be float32 or bfloat16, got '", precision, "'");
   const auto options = h.options().dtype(compute_dtype(h));
   const auto positions = place.sym_sizes();
   const auto reduced = reduction == "none" ? positions : c10::SymIntArrayRef();
@@ -319,9 +324,9 @@ ThreeTensors new_gradients(const Tensor& grad_loss, const Tensor& h, const Tenso
                            const OptionalTensor& word_bias, const Tensor& class_words,
                            const Tensor& class_offsets, const Tensor& place, const Tensor& lse,
                            double label_smoothing, double z_loss, c10::string_view reduction,
-                           std::array<bool, 3> output_mask) {
+                           c10::string_view precision, std::array<bool, 3> output_mask) {
   new_outputs(h, word_weight, word_bias, class_words, class_offsets, place, label_smoothing, z_loss,
-              reduction);
+              reduction, precision);
   check_shape("grad_loss's shape must be the loss's", grad_loss,
               reduction == "none" ? place.sym_sizes() : c10::SymIntArrayRef());
   check_shape("lse's shape must be target's", lse, place.sym_sizes());
@@ -335,12 +340,12 @@ ThreeTensors new_gradients(const Tensor& grad_loss, const Tensor& h, const Tenso
 SixTensors new_outputs_and_gradients(const Tensor& h, const Tensor& word_weight,
                                      const OptionalTensor& word_bias, const Tensor& class_words,
                                      const Tensor& class_offsets, const Tensor& place, double label_smoothing,
-                                     double z_loss, c10::string_view reduction,
+                                     double z_loss, c10::string_view reduction, c10::string_view precision,
                                      std::array<bool, 3> output_mask) {
   TORCH_CHECK(reduction != "none", kLoss, ": gradients of 'none' need those of its losses first");
   TORCH_CHECK(word_bias || !output_mask[2], kLoss, ": no gradient of a bias that is not given");
   auto [loss, nll, lse] = new_outputs(h, word_weight, word_bias, class_words, class_offsets, place,
-                                      label_smoothing, z_loss, reduction);
+                                      label_smoothing, z_loss, reduction, precision);
   const auto like = [&](size_t i, const Tensor& t) {
     return output_mask[i] ? at::empty_symint(t.sym_sizes(), loss.options()) : at::empty({0}, loss.options());
   };
@@ -459,20 +464,15 @@ void for_each_block(int64_t n, int64_t block, const Body& body) {
   for (int64_t begin = 0; begin < n; begin += block) body(begin, std::min(block, n - begin));
 }
 
-template <class T>
-int64_t packed_width(int64_t n) {
-  return round_up(n, kernels::table<T>().gemm_panel);
-}
-
 /// One thread's view of the class that it works on: its rows of h and, a block at a time, its words.
-template <class T>
+template <class P, class T = typename P::Value>
 struct ClassBlocks {
   explicit ClassBlocks(const Problem& problem)
       : p(problem),
         weight(kBlockWords * p.width),
-        columns(p.width * packed_width<T>(kBlockWords)),
         bias(kBlockWords),
-        z(kBlockRows * kBlockStride) {}
+        z(kBlockRows * kBlockStride),
+        columns(P::right_size(p.width, kBlockWords)) {}
 
   void start(int64_t c) {
     first_row = p.first[c];
@@ -482,7 +482,14 @@ struct ClassBlocks {
     kept = false;
     loaded = -1;
     h.resize(rows * p.width);
-    gather_rows(p.h.const_data_ptr<T>(), rows, p.width, p.positions.data() + first_row, h.data);
+    gather_rows(p.h.template const_data_ptr<T>(), rows, p.width, p.positions.data() + first_row, h.data);
+    const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows, size = P::left_size(kBlockRows, p.width);
+    left_memory.resize(blocks * size);
+    left_h.resize(blocks);
+    for_each_block(rows, kBlockRows, [&](int64_t row, int64_t row_count) {
+      const int64_t i = row / kBlockRows;
+      left_h[i] = P::left(row_count, p.width, h.data + row * p.width, p.width, left_memory.data + i * size);
+    });
   }
 
   /// From now on the class's logits stay, each block in a place of its own, if that is not too much.
@@ -502,12 +509,13 @@ struct ClassBlocks {
   void load_words(int64_t word, int64_t count) {
     if (loaded == word) return;
     loaded = word;
-    gather_rows(p.weight.const_data_ptr<T>(), count, p.width, numbers(word), weight.data);
+    gather_rows(p.weight.template const_data_ptr<T>(), count, p.width, numbers(word), weight.data);
   }
 
   void pack_columns(int64_t word, int64_t count) {
-    kernels::table<T>().gemm_pack(p.width, count, weight.data, 1, p.width, columns.data);
-    if (p.bias.defined()) gather_rows(p.bias.const_data_ptr<T>(), count, 1, numbers(word), bias.data);
+    P::right_transposed(p.width, count, weight.data, columns.data);
+    if (!p.bias.defined()) return;
+    gather_rows(p.bias.template const_data_ptr<T>(), count, 1, numbers(word), bias.data);
   }
 
   /// The logits of a block of the class's rows by the words that are loaded and packed.
@@ -516,8 +524,8 @@ struct ClassBlocks {
     if (p.bias.defined()) {
       for (int64_t r = 0; r < row_count; ++r) std::copy_n(bias.data, count, to + r * kBlockStride);
     }
-    kernels::table<T>().gemm(row_count, count, p.width, h.data + row * p.width, p.width, 1, columns.data, to,
-                             kBlockStride, p.bias.defined());
+    P::multiply(row_count, count, p.width, left_h[row / kBlockRows], columns.data, to, kBlockStride,
+                p.bias.defined());
     return to;
   }
 
@@ -537,7 +545,9 @@ struct ClassBlocks {
   bool kept = false;
   Scratch<T> h;       // (rows, width)
   Scratch<T> weight;  // a block of words, (words, width)
-  Scratch<T> columns, bias, z;
+  Scratch<T> bias, z;
+  Scratch<typename P::Packed> columns, left_memory;
+  std::vector<typename P::Left> left_h;  // h as the left operand of the logits, by row / kBlockRows
 };
 
 // ---- forward ----
@@ -570,10 +580,9 @@ struct Losses {
 };
 
 /// A thread's scan of one class after the other.
-template <class T>
+template <class P, class T = typename P::Value>
 struct Scan {
-  void operator()(ClassBlocks<T>& b, const Options& o, const Losses<T>& losses) {
-    const auto& table = kernels::table<T>();
+  void operator()(ClassBlocks<P>& b, const Options& o, const Losses<T>& losses) {
     for (Scratch<T>* s : {&max, &sum_exp, &sum_z, &z_target}) s->resize(b.rows);
     std::fill_n(max.data, b.rows, std::numeric_limits<T>::lowest());
     std::fill_n(sum_exp.data, b.rows, T(0));
@@ -583,8 +592,8 @@ struct Scan {
       b.pack_columns(word, words);
       for_each_block(b.rows, kBlockRows, [&](int64_t row, int64_t rows) {
         T* const z = b.logits(row, rows, word, words);
-        table.cross_entropy(rows, words, z, kBlockStride, max.data + row, sum_exp.data + row,
-                            sum_z.data + row);
+        P::table().cross_entropy(rows, words, z, kBlockStride, max.data + row, sum_exp.data + row,
+                                 sum_z.data + row);
         b.for_each_target(row, rows, word, words, z, [&](int64_t r, T z_r) { z_target.data[r] = z_r; });
       });
     });
@@ -609,13 +618,13 @@ struct Scan {
   Scratch<T> max, sum_exp, sum_z, z_target;
 };
 
-template <class T>
+template <class P, class T = typename P::Value>
 ThreeTensors forward_as(const Problem& p, const Options& o, at::IntArrayRef shape) {
   const Losses<T> losses(p, shape);
   Tasks tasks(p);
   on_all_threads([&] {
-    ClassBlocks<T> b(p);
-    Scan<T> scan;
+    ClassBlocks<P> b(p);
+    Scan<P> scan;
     for (int64_t c; (c = tasks.next()) >= 0;) {
       if (p.rows(c) == 0) continue;
       b.start(c);
@@ -627,13 +636,14 @@ ThreeTensors forward_as(const Problem& p, const Options& o, at::IntArrayRef shap
 
 ThreeTensors forward_cpu(const Tensor& h, const Tensor& word_weight, const OptionalTensor& word_bias,
                          const Tensor& class_words, const Tensor& class_offsets, const Tensor& place,
-                         double label_smoothing, double z_loss, c10::string_view reduction) {
+                         double label_smoothing, double z_loss, c10::string_view reduction,
+                         c10::string_view precision) {
   new_outputs(h, word_weight, word_bias, class_words, class_offsets, place, label_smoothing, z_loss,
-              reduction);
+              reduction, precision);
   const Problem p(h, word_weight, word_bias, class_words, class_offsets, place);
   ThreeTensors out;
-  dispatch(h, [&](auto t) {
-    out = forward_as<decltype(t)>(p, {label_smoothing, z_loss, reduction}, place.sizes());
+  dispatch_products(h, precision, [&](auto products) {
+    out = forward_as<decltype(products)>(p, {label_smoothing, z_loss, reduction}, place.sizes());
   });
   return out;
 }
@@ -668,14 +678,13 @@ struct Gradients {
 
 /// A thread's backward pass over one class after the other. Logits that were kept become their gradients;
 /// others are computed again.
-template <class T>
+template <class P, class T = typename P::Value>
 struct Backward {
   /// grad_of(position): of its loss, after any mean.
   template <class GradOf>
-  void operator()(ClassBlocks<T>& b, const Options& o, const T* lse_of, const GradOf& grad_of,
+  void operator()(ClassBlocks<P>& b, const Options& o, const T* lse_of, const GradOf& grad_of,
                   const Gradients<T>& to) {
-    const auto& table = kernels::table<T>();
-    const int64_t width = b.p.width, packed_row = packed_width<T>(width);
+    const int64_t width = b.p.width, right_size = P::right_size(kBlockRows, width);
     // The gradient of row r's logits is factor p - shift - [at the target] hit.
     for (Scratch<T>* s : {&lse, &factor, &shift, &hit}) s->resize(b.rows);
     for (int64_t r = 0; r < b.rows; ++r) {
@@ -687,16 +696,17 @@ struct Backward {
       hit.data[r] = static_cast<T>(grad * (1 - o.label_smoothing));
     }
     if (to.to_h) {
-      rows_of_weight.resize(kBlockWords * packed_row);
+      rows_of_weight.resize(P::right_size(kBlockWords, width));
       grad_h.resize(b.rows * width);
     }
     if (to.to_weight) {
       grad_weight.resize(kBlockWords * width);
-      packed_h.resize(b.rows * packed_row);
+      right_h.resize((b.rows + kBlockRows - 1) / kBlockRows * right_size);
       for_each_block(b.rows, kBlockRows, [&](int64_t row, int64_t rows) {
-        table.gemm_pack(rows, width, b.h.data + row * width, width, 1, packed_h.data + row * packed_row);
+        P::right(rows, width, b.h.data + row * width, right_h.data + row / kBlockRows * right_size);
       });
     }
+    left.resize(P::left_size(kBlockRows, kBlockWords));
     grad_bias.resize(kBlockWords);
     for_each_block(b.words, kBlockWords, [&](int64_t word, int64_t words) {
       if (b.rows == 0) {
@@ -704,32 +714,36 @@ struct Backward {
       } else if (to.to_h || !b.kept) {
         b.load_words(word, words);
         if (!b.kept) b.pack_columns(word, words);
-        if (to.to_h) table.gemm_pack(words, width, b.weight.data, width, 1, rows_of_weight.data);
+        if (to.to_h) P::right(words, width, b.weight.data, rows_of_weight.data);
       }
       std::fill_n(grad_bias.data, words, T(0));
       for_each_block(b.rows, kBlockRows, [&](int64_t row, int64_t rows) {
         T* const z = b.kept ? b.block(row, word) : b.logits(row, rows, word, words);
-        table.cross_entropy_backward(rows, words, z, kBlockStride, lse.data + row, factor.data + row,
-                                     shift.data + row);
+        P::table().cross_entropy_backward(rows, words, z, kBlockStride, lse.data + row, factor.data + row,
+                                          shift.data + row);
         b.for_each_target(row, rows, word, words, z, [&](int64_t r, T& grad) { grad -= hit.data[r]; });
         if (to.to_h) {
-          table.gemm(rows, width, words, z, kBlockStride, 1, rows_of_weight.data, grad_h.data + row * width,
-                     width, word > 0);
+          P::multiply(rows, width, words, P::left(rows, words, z, kBlockStride, left.data),
+                      rows_of_weight.data, grad_h.data + row * width, width, /*accumulate=*/word > 0);
         }
         if (to.to_weight) {
-          table.gemm(words, width, rows, z, 1, kBlockStride, packed_h.data + row * packed_row,
-                     grad_weight.data, width, row > 0);
+          P::multiply(words, width, rows, P::left_transposed(words, rows, z, kBlockStride, left.data),
+                      right_h.data + row / kBlockRows * right_size, grad_weight.data, width,
+                      /*accumulate=*/row > 0);
         }
         if (to.to_bias) add_column_sums(rows, words, z, grad_bias.data);
       });
-      if (to.to_weight) table.stream_rows(words, width, grad_weight.data, b.numbers(word), to.to_weight);
+      if (to.to_weight) {
+        P::table().stream_rows(words, width, grad_weight.data, b.numbers(word), to.to_weight);
+      }
       if (to.to_bias) scatter_rows(grad_bias.data, words, 1, b.numbers(word), to.to_bias);
     });
     if (to.to_h) scatter_rows(grad_h.data, b.rows, width, b.p.positions.data() + b.first_row, to.to_h);
   }
 
   Scratch<T> lse, factor, shift, hit;
-  Scratch<T> packed_h, rows_of_weight, grad_h;
+  Scratch<typename P::Packed> right_h, rows_of_weight, left;
+  Scratch<T> grad_h;
   Scratch<T> grad_weight, grad_bias;  // of a block of words
 };
 
@@ -742,22 +756,23 @@ ThreeTensors backward_cpu(const Tensor& grad_loss, const Tensor& h, const Tensor
                           const OptionalTensor& word_bias, const Tensor& class_words,
                           const Tensor& class_offsets, const Tensor& place, const Tensor& lse,
                           double label_smoothing, double z_loss, c10::string_view reduction,
-                          std::array<bool, 3> output_mask) {
+                          c10::string_view precision, std::array<bool, 3> output_mask) {
   new_gradients(grad_loss, h, word_weight, word_bias, class_words, class_offsets, place, lse, label_smoothing,
-                z_loss, reduction, output_mask);
+                z_loss, reduction, precision, output_mask);
   const Problem p(h, word_weight, word_bias, class_words, class_offsets, place);
   const Options o = {label_smoothing, z_loss, reduction};
   ThreeTensors grads;
-  dispatch(h, [&](auto t) {
-    using T = decltype(t);
+  dispatch_products(h, precision, [&](auto products) {
+    using P = decltype(products);
+    using T = typename P::Value;
     const Gradients<T> to(p, output_mask);
     const Tensor lses = kernel_input(lse, p.h), grad = kernel_input(grad_loss, p.h);
     const T* grads_of = grad.const_data_ptr<T>();
     const double each = 1 / divisor(p, o);
     Tasks tasks(p);
     on_all_threads([&] {
-      ClassBlocks<T> b(p);
-      Backward<T> class_backward;
+      ClassBlocks<P> b(p);
+      Backward<P> class_backward;
       for (int64_t c; (c = tasks.next()) >= 0;) {
         b.start(c);
         class_backward(
@@ -777,22 +792,23 @@ ThreeTensors backward_cpu(const Tensor& grad_loss, const Tensor& h, const Tensor
 SixTensors forward_backward_cpu(const Tensor& h, const Tensor& word_weight, const OptionalTensor& word_bias,
                                 const Tensor& class_words, const Tensor& class_offsets, const Tensor& place,
                                 double label_smoothing, double z_loss, c10::string_view reduction,
-                                std::array<bool, 3> output_mask) {
+                                c10::string_view precision, std::array<bool, 3> output_mask) {
   new_outputs_and_gradients(h, word_weight, word_bias, class_words, class_offsets, place, label_smoothing,
-                            z_loss, reduction, output_mask);
+                            z_loss, reduction, precision, output_mask);
   const Problem p(h, word_weight, word_bias, class_words, class_offsets, place);
   const Options o = {label_smoothing, z_loss, reduction};
   SixTensors out;
-  dispatch(h, [&](auto t) {
-    using T = decltype(t);
+  dispatch_products(h, precision, [&](auto products) {
+    using P = decltype(products);
+    using T = typename P::Value;
     const Losses<T> losses(p, place.sizes());
     const Gradients<T> to(p, output_mask);
     const double each = 1 / divisor(p, o);
     Tasks tasks(p);
     on_all_threads([&] {
-      ClassBlocks<T> b(p);
-      Scan<T> scan;
-      Backward<T> class_backward;
+      ClassBlocks<P> b(p);
+      Scan<P> scan;
+      Backward<P> class_backward;
       for (int64_t c; (c = tasks.next()) >= 0;) {
         b.start(c);
         b.keep();
@@ -815,16 +831,17 @@ struct HierarchicalWords : torch::autograd::Function<HierarchicalWords> {
                                                 const Tensor& word_weight, const OptionalTensor& word_bias,
                                                 const Tensor& class_words, const Tensor& class_offsets,
                                                 const Tensor& place, double label_smoothing, double z_loss,
-                                                const std::string& reduction) {
+                                                const std::string& reduction, const std::string& precision) {
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [loss, nll, lse] = words_forward(h, word_weight, word_bias, class_words, class_offsets, place,
-                                          label_smoothing, z_loss, reduction);
+                                          label_smoothing, z_loss, reduction, precision);
     ctx->mark_non_differentiable({nll, lse});
     ctx->save_for_backward(
         {h, word_weight, word_bias.value_or(Tensor()), class_words, class_offsets, place, lse});
     ctx->saved_data["label_smoothing"] = label_smoothing;
     ctx->saved_data["z_loss"] = z_loss;
     ctx->saved_data["reduction"] = reduction;
+    ctx->saved_data["precision"] = precision;
     return {loss, nll, lse};
   }
 
@@ -837,8 +854,10 @@ struct HierarchicalWords : torch::autograd::Function<HierarchicalWords> {
     auto [grad_h, grad_weight, grad_bias] = words_backward(
         grads[0], saved[0], saved[1], word_bias, saved[3], saved[4], saved[5], saved[6],
         data["label_smoothing"].toDouble(), data["z_loss"].toDouble(), data["reduction"].toStringRef(),
+        data["precision"].toStringRef(),
         {ctx->needs_input_grad(0), ctx->needs_input_grad(1), word_bias && ctx->needs_input_grad(2)});
-    return {grad_h, grad_weight, grad_bias, no_grad(), no_grad(), no_grad(), no_grad(), no_grad(), no_grad()};
+    return {grad_h,    grad_weight, grad_bias, no_grad(), no_grad(),
+            no_grad(), no_grad(),   no_grad(), no_grad(), no_grad()};
   }
 };
 
@@ -848,11 +867,12 @@ struct ScalarHierarchicalWords : torch::autograd::Function<ScalarHierarchicalWor
                                                 const Tensor& word_weight, const OptionalTensor& word_bias,
                                                 const Tensor& class_words, const Tensor& class_offsets,
                                                 const Tensor& place, double label_smoothing, double z_loss,
-                                                const std::string& reduction, std::array<bool, 3> wanted) {
+                                                const std::string& reduction, const std::string& precision,
+                                                std::array<bool, 3> wanted) {
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [loss, nll, lse, grad_h, grad_weight, grad_bias] =
         words_forward_backward(h, word_weight, word_bias, class_words, class_offsets, place, label_smoothing,
-                               z_loss, reduction, wanted);
+                               z_loss, reduction, precision, wanted);
     ctx->mark_non_differentiable({nll, lse});
     const auto if_wanted = [&](size_t i, const Tensor& t) { return wanted[i] ? t : Tensor(); };
     ctx->save_for_backward({if_wanted(0, grad_h), if_wanted(1, grad_weight), if_wanted(2, grad_bias), h,
@@ -862,22 +882,25 @@ struct ScalarHierarchicalWords : torch::autograd::Function<ScalarHierarchicalWor
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  const torch::autograd::variable_list& grads) {
-    return scaled_gradients(ctx->get_saved_variables(), grads[0], /*arguments=*/10);
+    return scaled_gradients(ctx->get_saved_variables(), grads[0], /*arguments=*/11);
   }
 };
 
 ThreeTensors forward_autograd(const Tensor& h, const Tensor& word_weight, const OptionalTensor& word_bias,
                               const Tensor& class_words, const Tensor& class_offsets, const Tensor& place,
-                              double label_smoothing, double z_loss, c10::string_view reduction) {
+                              double label_smoothing, double z_loss, c10::string_view reduction,
+                              c10::string_view precision) {
   const std::array<bool, 3> wanted = {h.requires_grad(), word_weight.requires_grad(),
                                       word_bias && word_bias->requires_grad()};
   if (reduction != "none" && at::GradMode::is_enabled() && (wanted[0] || wanted[1] || wanted[2])) {
     auto out = ScalarHierarchicalWords::apply(h, word_weight, word_bias, class_words, class_offsets, place,
-                                              label_smoothing, z_loss, std::string(reduction), wanted);
+                                              label_smoothing, z_loss, std::string(reduction),
+                                              std::string(precision), wanted);
     return {out[0], out[1], out[2]};
   }
-  auto out = HierarchicalWords::apply(h, word_weight, word_bias, class_words, class_offsets, place,
-                                      label_smoothing, z_loss, std::string(reduction));
+  auto out =
+      HierarchicalWords::apply(h, word_weight, word_bias, class_words, class_offsets, place, label_smoothing,
+                               z_loss, std::string(reduction), std::string(precision));
   return {out[0], out[1], out[2]};
 }
 
@@ -889,11 +912,9 @@ TwoTensors loss_composite(const Tensor& h, const Tensor& class_weight, const Opt
                           double label_smoothing, double z_loss, int64_t ignore_index,
                           c10::string_view reduction, c10::string_view precision) {
   check_all(kLoss, h, class_weight, class_bias, word_weight, word_bias, class_words, class_offsets);
-  TORCH_CHECK(precision == "float32" || precision == "bfloat16", kLoss,
-              ": precision must be float32 or bfloat16, got '", precision, "'");
   const auto [class_index, place] = places(kLoss, class_words, class_offsets, target, ignore_index);
   const auto [word_loss, word_nll, lse] = words_forward(h, word_weight, word_bias, class_words, class_offsets,
-                                                        place, label_smoothing, z_loss, reduction);
+                                                        place, label_smoothing, z_loss, reduction, precision);
   const auto [class_loss, class_nll] =
       linear_cross_entropy(h, class_weight, class_bias, class_index, label_smoothing, z_loss,
                            /*ignore_index=*/-1, reduction, precision);

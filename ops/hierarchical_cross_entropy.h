@@ -43,8 +43,8 @@ namespace flashlm {
 /// not more than a million, and every row of word_weight that is needed is read from memory once, every row
 /// of its gradient written once. A class is the work of one thread: results do not depend on their number,
 /// and a class with most of the positions bounds the speed. Extra memory of a thread, in values, for a class
-/// of M positions: 3 M D + 256 (3 D + 272), and up to 2^20 of logits; none depends on N V. bfloat16 is
-/// computed in float32, on copies of h and word_weight. `precision` is that of the class level's products.
+/// of M positions: 3 M D + 256 (4 D + 272), and up to 2^20 of logits; none depends on N V. bfloat16 is
+/// computed in float32, on copies of h and word_weight. `precision` is that of both levels' products.
 /// Double backward is refused.
 /// Schema: flashlm::hierarchical_cross_entropy(Tensor h, Tensor class_weight, Tensor? class_bias,
 ///   Tensor word_weight, Tensor? word_bias, Tensor class_words, Tensor class_offsets, Tensor target, *,

@@ -55,6 +55,13 @@ inline void require_close(const at::Tensor& got, const at::Tensor& want, double 
   REQUIRE(error[worst].item<double>() <= bound);
 }
 
+/// |got - want| <= tolerance |want|, in the 2-norm.
+inline void require_close_in_norm(const at::Tensor& got, const at::Tensor& want, double tolerance) {
+  REQUIRE(got.sizes() == want.sizes());
+  const double error = (got.to(at::kDouble) - want.to(at::kDouble)).norm().item<double>();
+  REQUIRE(error <= tolerance * want.to(at::kDouble).norm().item<double>());
+}
+
 inline void require_equal(const at::Tensor& got, const at::Tensor& want) { require_close(got, want, 0, 0); }
 
 /// Gradients of sum(f(inputs) * fixed random weights) with respect to every input that requires one.

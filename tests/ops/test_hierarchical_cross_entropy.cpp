@@ -3,6 +3,7 @@
 #include <numeric>
 
 #include "ops/hierarchical_cross_entropy.h"
+#include "ops/kernels/kernels.h"
 #include "tests/ops/check.h"
 #include "tests/ops/reference.h"
 
@@ -18,6 +19,7 @@ struct Options {
   double z_loss = 0;
   int64_t ignore_index = -100;
   std::string reduction = "mean";
+  std::string precision = "float32";
 };
 
 /// Classes of these sizes, with words in random order.
@@ -68,7 +70,7 @@ std::tuple<at::Tensor, at::Tensor> run(const Tensors& t, const Classes& classes,
                                        const Options& o) {
   return hierarchical_cross_entropy(t[0], t[1], optional(t[2]), t[3], optional(t[4]), classes.words,
                                     classes.offsets, target, o.label_smoothing, o.z_loss, o.ignore_index,
-                                    o.reduction);
+                                    o.reduction, o.precision);
 }
 
 /// Both levels by the reference of linear_cross_entropy, class by class: {loss, nll}.
@@ -175,6 +177,49 @@ TEST_CASE("hierarchical_cross_entropy in bfloat16, and any leading dimensions", 
   const auto shape = GENERATE(std::vector<int64_t>{}, std::vector<int64_t>{2, 3, 5});
   const at::Tensor y = targets(shape, classes.vocabulary, options, /*ignore=*/!shape.empty());
   require_equals_reference(layers(shape, classes, 7, true, at::kBFloat16), classes, y, options, 2e-6, 8e-3);
+}
+
+TEST_CASE("hierarchical_cross_entropy in bfloat16 precision rounds the operands of its products",
+          "[hierarchical]") {
+  const auto sizes = GENERATE(Sizes{1}, Sizes{7, 1}, Sizes{3, 530, 2, 65});
+  const int64_t positions = GENERATE(1, 301, 2400);  // the last has more logits than are kept
+  const auto reduction = GENERATE("mean", "none");
+  const int64_t width = positions == 301 ? 33 : 64;
+  const Classes classes(sizes);
+  const Options options{0.1, 1e-3, -100, reduction, "bfloat16"};
+  Options exact = options;
+  exact.precision = "float32";
+  const at::Tensor y = targets({positions}, classes.vocabulary, options, positions > 1);
+  const Tensors inputs = layers({positions}, classes, width, true, at::kFloat);
+  INFO("V " << classes.vocabulary << " N " << positions << " " << reduction);
+  const auto results = [&](const Tensors& in, const auto& operation) {
+    const auto [loss, nll] = operation(in);
+    Tensors out = {loss.detach(), nll.detach()};
+    for (auto& grad : torch::autograd::grad({loss.sum()}, in)) out.push_back(grad);
+    return out;
+  };
+  const auto run_with = [&](const Options& o) {
+    return results(inputs, [&](const Tensors& in) { return run(in, classes, y, o); });
+  };
+  const Tensors got = run_with(options), plain = run_with(exact);
+  REQUIRE(got.size() == plain.size());
+  if (kernels::table<float>().bf16_panel == 0) {
+    for (size_t i = 0; i < got.size(); ++i) require_equal(got[i], plain[i]);
+    return;
+  }
+  Tensors rounded;
+  for (const size_t i : {0, 1, 2, 3, 4}) {
+    const at::Tensor t = inputs[i].detach();
+    const bool is_bias = i == 2 || i == 4;
+    rounded.push_back((is_bias ? t : t.to(at::kBFloat16)).to(at::kDouble).requires_grad_());
+  }
+  const Tensors want =
+      results(rounded, [&](const Tensors& in) { return run_reference(in, classes, y, options); });
+  for (size_t i = 0; i < got.size(); ++i) {
+    INFO("result " << i);
+    // Of the gradients the reference rounds nothing: ours rounds those of the logits, by 2^-9 each at most.
+    require_close_in_norm(got[i], want[i], i < 2 ? 4e-6 : 8e-3);
+  }
 }
 
 TEST_CASE("hierarchical_cross_entropy gradients", "[hierarchical]") {
@@ -321,6 +366,7 @@ TEST_CASE("hierarchical_cross_entropy refuses wrong arguments in words", "[hiera
   fails("label_smoothing must be in [0, 1), got 1", CHANGE(o.label_smoothing = 1));
   fails("z_loss must be >= 0, got -1", CHANGE(o.z_loss = -1));
   fails("reduction must be mean, sum or none, got 'avg'", CHANGE(o.reduction = "avg"));
+  fails("precision must be float32 or bfloat16, got 'int8'", CHANGE(o.precision = "int8"));
 #undef CHANGE
 }
 

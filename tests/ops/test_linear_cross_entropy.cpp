@@ -110,13 +110,6 @@ Tensors rounded_reference(const Tensors& t, const at::Tensor& target, const Opti
   return out;
 }
 
-/// |got - want| <= tolerance |want|, in the 2-norm.
-void require_close_in_norm(const at::Tensor& got, const at::Tensor& want, double tolerance) {
-  REQUIRE(got.sizes() == want.sizes());
-  const double error = (got.to(at::kDouble) - want.to(at::kDouble)).norm().item<double>();
-  REQUIRE(error <= tolerance * want.to(at::kDouble).norm().item<double>());
-}
-
 /// Counts the bytes that tensors hold while it lives.
 class PeakMemory final : public at::Allocator {
  public:

@@ -310,6 +310,8 @@ hierarchical("none", (6,), 5, (2, 7), ignored=(1,), reduction="none", label_smoo
 hierarchical("one_class", (3,), 5, (6,), bias=False, reduction="none", k=1)
 hierarchical("several_blocks", (70,), 4, (500, 100), label_smoothing=0.1)
 hierarchical("no_rows", (0,), 5, (3, 2), reduction="sum")
+hierarchical("bfloat16", (300,), 12, (300, 1, 40), precision="bfloat16", label_smoothing=0.1, z_loss=1e-3)
+hierarchical("bfloat16_none", (300,), 7, (290, 9), bias=False, ignored=(3,), precision="bfloat16", reduction="none")
 
 # ---- adaptive_* ----
 
