@@ -284,24 +284,26 @@ Case causal_conv1d_case(int64_t batch, int64_t time, int64_t width, int64_t grou
           by(batch, time, width) + " dilation " + std::to_string(dilation), make};
 }
 
-/// `gradient` of the backward's products, if there is a backward.
 Case gated_conv_case(int64_t batch, int64_t time, int64_t width, int64_t groups, int64_t dilation, Pass pass,
-                     const std::string& gradient = "float32") {
+                     const char* gradient, const char* precision) {
   const auto make = [=] {
+    // Where the passes differ, the backward pass has two thirds of the products.
     Contest contest = products(2 * conv_macs(batch, time, width, groups, pass), pass,
-                               gradient == "bfloat16" ? "bfloat16" : "float32");
+                               pass == Pass::kForward ? precision : gradient);
     add_expressions(
         contest,
         {at::randn({batch, time, width}), at::ones({width}), conv_weight(width, groups),
          conv_weight(width, groups)},
         [=](const Tensors& t) {
-          return gated_conv(t[0], t[1], t[2], t[3], std::nullopt, dilation, groups, kEps, gradient);
+          return gated_conv(t[0], t[1], t[2], t[3], std::nullopt, dilation, groups, kEps, gradient,
+                            precision);
         },
         [=](const Tensors& t) { return eager_gated_conv(t, dilation, groups); });
     return contest;
   };
-  const std::string in = pass == Pass::kForward ? "" : " in " + gradient;
-  return {std::string("gated_conv, ") + pass_name(pass) + in,
+  const std::string in = precision;
+  const std::string mixed = in == gradient ? "" : std::string(", gradients in ") + gradient;
+  return {std::string("gated_conv, ") + pass_name(pass) + " in " + in + mixed,
           by(batch, time, width) + " dilation " + std::to_string(dilation), make};
 }
 
@@ -613,13 +615,15 @@ std::vector<Case> cases(const Ggml* ggml, int threads) {
   for (const auto& [k, n] : kPacked) {
     for (const int64_t m : {1, 8, 64}) all.push_back(packed_linear_case(ggml, threads, m, k, n));
   }
+  const auto gated_conv_cases = [&](Pass pass, const char* gradient, const char* precision) {
+    for (const int64_t dilation : kDilations) {
+      all.push_back(gated_conv_case(16, 256, 256, 16, dilation, pass, gradient, precision));
+    }
+  };
   for (const Pass pass : kPasses) {
-    for (const int64_t dilation : kDilations)
-      all.push_back(gated_conv_case(16, 256, 256, 16, dilation, pass));
+    for (const char* precision : {"float32", "bfloat16"}) gated_conv_cases(pass, precision, precision);
   }
-  for (const int64_t dilation : kDilations) {
-    all.push_back(gated_conv_case(16, 256, 256, 16, dilation, Pass::kForwardBackward, "bfloat16"));
-  }
+  gated_conv_cases(Pass::kForwardBackward, "bfloat16", "float32");
   for (const Pass pass : kPasses) {
     for (const int64_t dilation : kDilations)
       all.push_back(causal_conv1d_case(16, 256, 256, 16, dilation, pass));

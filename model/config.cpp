@@ -53,6 +53,8 @@ void ModelConfig::validate() const {
           "gradient must be 'float32', 'bfloat16' or 'int8'", "'" + gradient + "'");
   require(gradient != "int8" || activation == "int8", "gradient 'int8' needs activation 'int8'",
           "'" + activation + "'");
+  require(conv_precision == "float32" || conv_precision == "bfloat16",
+          "conv-precision must be 'float32' or 'bfloat16'", "'" + conv_precision + "'");
   require(recompute == "none" || recompute == "float32" || recompute == "bfloat16",
           "recompute must be 'none', 'float32' or 'bfloat16'", "'" + recompute + "'");
   require(head == "full" || head == "hierarchical" || head == "adaptive",
@@ -101,8 +103,8 @@ ModelConfig model_config_from_json(const std::string& text) {
     size_t known = 0;
     // Younger than the oldest files, whose weights mean what these settings are by default.
     static const std::set<std::string> young = {
-        "gradient",       "head",  "tied",   "head-bias", "classes", "cutoffs",       "tail-divisor",
-        "head-precision", "block", "mixers", "recompute", "packed",  "head-quantizer"};
+        "gradient",       "head",  "tied",   "head-bias", "classes", "cutoffs",        "tail-divisor",
+        "head-precision", "block", "mixers", "recompute", "packed",  "head-quantizer", "conv-precision"};
     config.visit([&](const char* name, auto& field, const char*) {
       if (young.contains(name) && !json.contains(name)) return;
       json.at(name).get_to(field);

@@ -24,6 +24,7 @@ struct ModelConfig {
   std::string quantizer = "threshold";
   std::string activation = "none";
   std::string gradient = "float32";
+  std::string conv_precision = "float32";
   std::string recompute = "none";
   bool packed = false;
   double norm_eps = 1e-8;
@@ -62,6 +63,9 @@ struct ModelConfig {
         "gradient", gradient,
         "products of the backward pass of ternary layers: 'float32', 'bfloat16' or 'int8' (with activation "
         "'int8'); and of gated convolutions: 'float32', else in bfloat16");
+    visitor("conv-precision", conv_precision,
+            "products of gated convolutions, but for those of `gradient`: 'float32' or 'bfloat16' where the "
+            "CPU has it");
     visitor("recompute", recompute,
             "a block's activations are made again for its gradients, from its input, kept as 'float32' or "
             "'bfloat16'; 'none': kept");

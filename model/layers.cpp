@@ -71,7 +71,8 @@ ConvMixer::ConvMixer(const ModelConfig& config, double out_std)
       kernel_size_(config.kernel_size),
       groups_(config.groups),
       eps_(config.norm_eps),
-      gradient_(config.gradient == "float32" ? "float32" : "bfloat16") {
+      gradient_(config.gradient == "float32" ? "float32" : "bfloat16"),
+      precision_(config.conv_precision) {
   torch::nn::ModuleList layers, norms;
   register_module("layers", layers);
   register_module("norms", norms);
@@ -94,7 +95,7 @@ at::Tensor ConvMixer::forward(at::Tensor x, at::Tensor* state, const at::Tensor&
     const at::Tensor input = x;
     if (state != nullptr) before = state[i];
     x = gated_conv(x, norms_[i]->scale, layers_[i]->conv_gate->weight(), layers_[i]->conv_value->weight(),
-                   before, dilations_[i], groups_, eps_, gradient_);
+                   before, dilations_[i], groups_, eps_, gradient_, precision_);
     if (state != nullptr) {
       const int64_t kept = state[i].size(1);
       state[i] = torch::cat({state[i], input}, 1).slice(1, input.size(1), input.size(1) + kept);

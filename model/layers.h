@@ -97,7 +97,7 @@ class ConvMixer : public TokenMixer {
   std::vector<int64_t> dilations_;
   int64_t kernel_size_, groups_;
   double eps_;
-  std::string gradient_;
+  std::string gradient_, precision_;
 };
 
 /// 'mlgru', the MatMul-free gated recurrent unit (see ops/mlgru.h), all projections ternary:

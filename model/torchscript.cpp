@@ -106,7 +106,8 @@ class BlockWriter {
             << "    m = flashlm.gated_conv(m, " << weight("token_mixer.norms." + std::to_string(i) + ".scale")
             << ", " << weight(layer + ".conv_gate.conv.weight") << ", "
             << weight(layer + ".conv_value.conv.weight") << ", before, dilation=" << config_.dilations[i]
-            << ", groups=" << config_.groups << eps() << "\n";
+            << ", groups=" << config_.groups << ", precision=\"" << config_.conv_precision << "\"" << eps()
+            << "\n";
     }
     code_ << "    x = x + " << bit_linear("m", "token_mixer.out_proj", config_.d_model) << "\n";
   }

@@ -61,12 +61,12 @@ at::Tensor causal_conv1d_cpu(const at::Tensor& x, const at::Tensor& weight,
   const at::Tensor out = kernel_output(y);
   dispatch(x, [&](auto t) {
     using T = decltype(t);
-    for_each_window(Input<T>(call, in, before), kBlock,
-                    [&](int64_t row, int64_t rows, int64_t g, const auto& conv, const T* window, T*) {
-                      kernels::table<T>().causal_conv1d(
-                          conv, rows, window, conv.in, packed.const_data_ptr<T>() + g * packed.size(1),
-                          out.mutable_data_ptr<T>() + row * call.width + g * conv.in, call.width);
-                    });
+    for_each_window<T>(Input<T>(call, in, before), kBlock,
+                       [&](int64_t row, int64_t rows, int64_t g, const auto& conv, const T* window, T*) {
+                         kernels::table<T>().causal_conv1d(
+                             conv, rows, window, conv.in, packed.const_data_ptr<T>() + g * packed.size(1),
+                             out.mutable_data_ptr<T>() + row * call.width + g * conv.in, call.width);
+                       });
   });
   return out.to(y.scalar_type());
 }

@@ -241,6 +241,22 @@ struct Input {
     });
   }
 
+  /// The same rounded to pairs of bfloat16, (count, (D/G + 1) / 2), where bf16_panel > 0. There is a scale.
+  void columns(int64_t b, int64_t g, int64_t first, int64_t count, const T* rstd, int32_t* to) const {
+    const int64_t in = call.conv.in, pairs = row_length<int32_t>();
+    if (history == nullptr) std::fill_n(to, std::clamp<int64_t>(-first, 0, count) * pairs, 0);
+    for_rows(b, first, count, [&](const T* from, int64_t i, int64_t n) {
+      kernels::table<T>().scale_rows_bf16(n, in, from + g * in, call.width, rstd + i, scale + g * in,
+                                          to + i * pairs);
+    });
+  }
+
+  /// Of a row of `columns` in T, or in pairs.
+  template <class Element>
+  int64_t row_length() const {
+    return std::is_same_v<Element, T> ? call.conv.in : (call.conv.in + 1) / 2;
+  }
+
   const ConvCall& call;
   const T *x, *history, *scale;
   T eps;
@@ -265,8 +281,9 @@ kernels::Conv1d lay_window(const ConvCall& call, int64_t begin, int64_t rows, co
 }
 
 /// Calls body(row, rows, g, conv, window, scratch) for each block of time, rows row .. row + rows of all B*T,
-/// and in it for each group: conv is to run over the window (of D/G columns); scratch (rows, outs).
-template <class T, class Body>
+/// and in it for each group: conv is to run over the window, rows of `columns` in T or in pairs, whatever
+/// Element is; scratch (rows, outs).
+template <class Element, class T, class Body>
 void for_each_window(const Input<T>& input, int64_t longest, const Body& body) {
   const ConvCall& call = input.call;
   const Blocks blocks(call.batch, call.time, longest);
@@ -274,7 +291,8 @@ void for_each_window(const Input<T>& input, int64_t longest, const Body& body) {
       (call.conv.taps - 1) * std::min(call.conv.dilation, blocks.length) + blocks.length;
   at::parallel_for(0, blocks.count(), block_grain(call, blocks), [&](int64_t i, int64_t last) {
     const auto rstd = std::make_unique_for_overwrite<T[]>(window_rows);
-    const auto window = std::make_unique_for_overwrite<T[]>(window_rows * call.conv.in);
+    const int64_t row_length = input.template row_length<Element>();
+    const auto window = std::make_unique_for_overwrite<Element[]>(window_rows * row_length);
     const auto scratch = std::make_unique_for_overwrite<T[]>(blocks.length * call.conv.out);
     for (; i < last; ++i) {
       const auto [b, begin, rows] = blocks[i];
@@ -282,10 +300,11 @@ void for_each_window(const Input<T>& input, int64_t longest, const Body& body) {
         input.statistics(b, first, count, rstd.get() + at);
       });
       for (int64_t g = 0; g < call.groups; ++g) {
-        const kernels::Conv1d conv =
+        kernels::Conv1d conv =
             lay_window(call, begin, rows, [&, b = b](int64_t first, int64_t count, int64_t at) {
-              input.columns(b, g, first, count, rstd.get() + at, window.get() + at * call.conv.in);
+              input.columns(b, g, first, count, rstd.get() + at, window.get() + at * row_length);
             });
+        conv.in = row_length;
         body(b * call.time + begin, rows, g, conv, window.get(), scratch.get());
       }
     }

@@ -12,12 +12,12 @@ namespace flashlm {
 TORCH_LIBRARY_FRAGMENT(flashlm, m) {
   m.def(
       "gated_conv(Tensor x, Tensor norm_scale, Tensor gate_weight, Tensor value_weight, "
-      "Tensor? history=None, *, int dilation=1, int groups=1, float eps=1e-6, str gradient=\"float32\") "
-      "-> Tensor",
+      "Tensor? history=None, *, int dilation=1, int groups=1, float eps=1e-6, str gradient=\"float32\", "
+      "str precision=\"float32\") -> Tensor",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "_gated_conv_forward(Tensor x, Tensor norm_scale, Tensor gate_weight, Tensor value_weight, "
-      "Tensor? history, int dilation, int groups, float eps, bool with_slopes) "
+      "Tensor? history, int dilation, int groups, float eps, str precision, bool with_slopes) "
       "-> (Tensor y, Tensor slopes)",
       {at::Tag::pt2_compliant_tag});
   m.def(
@@ -29,10 +29,12 @@ TORCH_LIBRARY_FRAGMENT(flashlm, m) {
 
 at::Tensor gated_conv(const at::Tensor& x, const at::Tensor& norm_scale, const at::Tensor& gate_weight,
                       const at::Tensor& value_weight, const std::optional<at::Tensor>& history,
-                      int64_t dilation, int64_t groups, double eps, std::string_view gradient) {
+                      int64_t dilation, int64_t groups, double eps, std::string_view gradient,
+                      std::string_view precision) {
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("flashlm::gated_conv", "").typed<decltype(gated_conv)>();
-  return op.call(x, norm_scale, gate_weight, value_weight, history, dilation, groups, eps, gradient);
+  return op.call(x, norm_scale, gate_weight, value_weight, history, dilation, groups, eps, gradient,
+                 precision);
 }
 
 namespace {
@@ -42,11 +44,12 @@ using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at:
 
 Outputs forward(const at::Tensor& x, const at::Tensor& norm_scale, const at::Tensor& gate_weight,
                 const at::Tensor& value_weight, const std::optional<at::Tensor>& history, int64_t dilation,
-                int64_t groups, double eps, bool with_slopes) {
+                int64_t groups, double eps, std::string_view precision, bool with_slopes) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("flashlm::_gated_conv_forward", "")
                              .typed<decltype(forward)>();
-  return op.call(x, norm_scale, gate_weight, value_weight, history, dilation, groups, eps, with_slopes);
+  return op.call(x, norm_scale, gate_weight, value_weight, history, dilation, groups, eps, precision,
+                 with_slopes);
 }
 
 Gradients backward(const at::Tensor& grad_y, const at::Tensor& slopes, const at::Tensor& x,
@@ -59,19 +62,24 @@ Gradients backward(const at::Tensor& grad_y, const at::Tensor& slopes, const at:
   return op.call(grad_y, slopes, x, norm_scale, gate_weight, value_weight, history, dilation, groups, eps);
 }
 
+/// Whether x can be multiplied in bfloat16, if that is asked for.
+bool has_bfloat16_products(const at::Tensor& x) {
+  return compute_dtype(x) == at::kFloat && kernels::table<float>().bf16_panel > 0;
+}
+
 at::Tensor composite(const at::Tensor& x, const at::Tensor& norm_scale, const at::Tensor& gate_weight,
                      const at::Tensor& value_weight, const std::optional<at::Tensor>& history,
-                     int64_t dilation, int64_t groups, double eps, std::string_view gradient) {
+                     int64_t dilation, int64_t groups, double eps, std::string_view gradient,
+                     std::string_view precision) {
   TORCH_CHECK(gradient == "float32" || gradient == "bfloat16",
               "gated_conv: gradient must be 'float32' or 'bfloat16', got '", gradient, "'");
   const bool needs_gradient =
       at::GradMode::is_enabled() &&
       (x.requires_grad() || norm_scale.requires_grad() || gate_weight.requires_grad() ||
        value_weight.requires_grad() || (history.has_value() && history->requires_grad()));
-  const bool with_slopes = needs_gradient && gradient == "bfloat16" && compute_dtype(x) == at::kFloat &&
-                           kernels::table<float>().bf16_panel > 0;
-  return std::get<0>(
-      forward(x, norm_scale, gate_weight, value_weight, history, dilation, groups, eps, with_slopes));
+  const bool with_slopes = needs_gradient && gradient == "bfloat16" && has_bfloat16_products(x);
+  return std::get<0>(forward(x, norm_scale, gate_weight, value_weight, history, dilation, groups, eps,
+                             precision, with_slopes));
 }
 
 void check_arguments(const at::Tensor& x, const at::Tensor& norm_scale, const at::Tensor& gate_weight,
@@ -95,10 +103,29 @@ std::vector<c10::SymInt> slopes_shape(const at::Tensor& x, int64_t groups) {
 /// Checks the arguments and makes the outputs: the Meta kernel, and the CPU kernel's first line.
 Outputs new_outputs(const at::Tensor& x, const at::Tensor& norm_scale, const at::Tensor& gate_weight,
                     const at::Tensor& value_weight, const std::optional<at::Tensor>& history,
-                    int64_t dilation, int64_t groups, double eps, bool with_slopes) {
+                    int64_t dilation, int64_t groups, double eps, std::string_view precision,
+                    bool with_slopes) {
   check_arguments(x, norm_scale, gate_weight, value_weight, history, dilation, groups, eps);
+  TORCH_CHECK(precision == "float32" || precision == "bfloat16",
+              "gated_conv: precision must be 'float32' or 'bfloat16', got '", precision, "'");
   const auto shape = with_slopes ? slopes_shape(x, groups) : std::vector<c10::SymInt>{0};
   return {x.new_empty_symint(x.sym_sizes()), x.new_empty_symint(shape, x.options().dtype(at::kBFloat16))};
+}
+
+/// pack_conv in pairs of bfloat16 along each tap's input channels, an odd one filled up with a zero.
+at::Tensor pack_conv_bf16(const ConvCall& call, const at::Tensor& w, bool back = false) {
+  const kernels::Table<float>& table = kernels::table<float>();
+  // (G, K, in, out)
+  at::Tensor ordered = back ? w.permute({0, 3, 1, 2}).flip({1}) : w.permute({0, 3, 2, 1});
+  if (ordered.size(2) % 2 != 0) ordered = at::constant_pad_nd(ordered, {0, 0, 0, 1});
+  ordered = ordered.contiguous();
+  const int64_t depth = call.conv.taps * ordered.size(2), outs = ordered.size(3);
+  const at::Tensor packed = at::empty({call.groups, depth / 2 * round_up(outs, table.bf16_panel)}, at::kInt);
+  for (int64_t g = 0; g < call.groups; ++g) {
+    table.bf16_pack(depth, outs, ordered.const_data_ptr<float>() + g * ordered.stride(0), outs,
+                    /*factor=*/nullptr, packed.mutable_data_ptr<int32_t>() + g * packed.size(1));
+  }
+  return packed;
 }
 
 /// Rows between two requests for memory: whole tiles of the kernels.
@@ -127,9 +154,10 @@ Slope* slopes_at(const ConvCall& call, Slope* slopes, int64_t row, int64_t g) {
 // window, both convolutions go over it, and the gate takes them while they are in cache.
 Outputs forward_cpu(const at::Tensor& x, const at::Tensor& norm_scale, const at::Tensor& gate_weight,
                     const at::Tensor& value_weight, const std::optional<at::Tensor>& history,
-                    int64_t dilation, int64_t groups, double eps, bool with_slopes) {
-  Outputs outputs =
-      new_outputs(x, norm_scale, gate_weight, value_weight, history, dilation, groups, eps, with_slopes);
+                    int64_t dilation, int64_t groups, double eps, std::string_view precision,
+                    bool with_slopes) {
+  Outputs outputs = new_outputs(x, norm_scale, gate_weight, value_weight, history, dilation, groups, eps,
+                                precision, with_slopes);
   auto& [y, slopes] = outputs;
   TORCH_CHECK(!with_slopes || kernels::table<float>().bf16_panel > 0,
               "_gated_conv_forward: slopes need a CPU with AVX512-BF16, got the level ", kernels::isa());
@@ -137,8 +165,10 @@ Outputs forward_cpu(const at::Tensor& x, const at::Tensor& norm_scale, const at:
   const at::Tensor in = kernel_input(x, x), scale = kernel_input(norm_scale, x);
   const at::Tensor before = history.has_value() ? kernel_input(*history, x) : at::Tensor();
   const ConvCall call(x, gate_weight, history.has_value(), dilation, groups, 2);
-  const at::Tensor packed =
-      pack_conv(call, side_by_side(call, {kernel_input(gate_weight, x), kernel_input(value_weight, x)}));
+  const at::Tensor weights =
+      side_by_side(call, {kernel_input(gate_weight, x), kernel_input(value_weight, x)});
+  const bool is_rounded = precision == "bfloat16" && has_bfloat16_products(x);
+  const at::Tensor packed = is_rounded ? pack_conv_bf16(call, weights) : pack_conv(call, weights);
   const at::Tensor out = kernel_output(y);
   // Rows are normalised once for their own block and again for each block that reaches back to them: longer
   // blocks for a longer reach.
@@ -149,27 +179,34 @@ Outputs forward_cpu(const at::Tensor& x, const at::Tensor& norm_scale, const at:
     const kernels::Table<T>& table = kernels::table<T>();
     const T* const all_x = in.const_data_ptr<T>();
     T* const all_y = out.mutable_data_ptr<T>();
-    const T* const all_panels = packed.const_data_ptr<T>();
-    for_each_window(
-        Input<T>(call, in, before, scale, eps), longest,
-        [&](int64_t row, int64_t rows, int64_t g, const auto& conv, const T* window, T* convs) {
-          const T* const panels = all_panels + g * packed.size(1);
-          // Asks for the same rows of the next block.
-          const int64_t next = rows * call.width;
-          for (int64_t r = 0; r < rows; r += kPiece) {
-            const int64_t count = std::min(kPiece, rows - r), at = (row + r) * call.width + g * conv.in;
-            prefetch(all_x + at + next, count, conv.in, call.width);
-            prefetch(all_y + at + next, count, conv.in, call.width);
-            table.causal_conv1d(conv, count, window + r * conv.in, conv.in, panels, convs, conv.out);
-            if (all_slopes != nullptr) {
-              uint16_t* const to = slopes_at(call, all_slopes, row + r, g);
-              prefetch(to + rows * conv.out, count, conv.out, conv.out);
-              table.gated_conv_slopes(count, conv.in, all_x + at, call.width, convs, all_y + at, to);
-            } else {
-              table.gated_conv(count, conv.in, all_x + at, call.width, convs, all_y + at);
+    const auto run = [&]<class Element>(const Element* all_panels, const auto& causal_conv1d) {
+      for_each_window<Element>(
+          Input<T>(call, in, before, scale, eps), longest,
+          [&](int64_t row, int64_t rows, int64_t g, const auto& conv, const Element* window, T* convs) {
+            const Element* const panels = all_panels + g * packed.size(1);
+            const int64_t ins = call.conv.in;
+            // Asks for the same rows of the next block.
+            const int64_t next = rows * call.width;
+            for (int64_t r = 0; r < rows; r += kPiece) {
+              const int64_t count = std::min(kPiece, rows - r), at = (row + r) * call.width + g * ins;
+              prefetch(all_x + at + next, count, ins, call.width);
+              prefetch(all_y + at + next, count, ins, call.width);
+              causal_conv1d(conv, count, window + r * conv.in, conv.in, panels, convs, conv.out);
+              if (all_slopes != nullptr) {
+                uint16_t* const to = slopes_at(call, all_slopes, row + r, g);
+                prefetch(to + rows * conv.out, count, conv.out, conv.out);
+                table.gated_conv_slopes(count, ins, all_x + at, call.width, convs, all_y + at, to);
+              } else {
+                table.gated_conv(count, ins, all_x + at, call.width, convs, all_y + at);
+              }
             }
-          }
-        });
+          });
+    };
+    if (is_rounded) {
+      run(packed.const_data_ptr<int32_t>(), table.causal_conv1d_bf16);
+    } else {
+      run(packed.const_data_ptr<T>(), table.causal_conv1d);
+    }
   });
   y = out.to(y.scalar_type());
   return outputs;
@@ -212,14 +249,7 @@ at::Tensor conv_backward_bf16(const Input<float>& input, const at::Tensor& w, co
   // Rows before the first that any pair reads.
   const int64_t before = call.lead > 0 ? call.lead : std::min(call.reach, call.time);
 
-  // (G, K, outs, in), the taps reversed, packed along K and outs: outs is even.
-  const at::Tensor back = w.permute({0, 3, 1, 2}).flip({1}).contiguous();
-  const at::Tensor packed = at::empty({call.groups, taps * outs / 2 * round_up(in, panel)}, at::kInt);
-  for (int64_t g = 0; g < call.groups; ++g) {
-    table.bf16_pack(taps * outs, in, back.const_data_ptr<float>() + g * back.stride(0), in,
-                    /*factor=*/nullptr, packed.mutable_data_ptr<int32_t>() + g * packed.size(1));
-  }
-
+  const at::Tensor packed = pack_conv_bf16(call, w, /*back=*/true);
   const int32_t* const all_panels = packed.const_data_ptr<int32_t>();
   float* const all_grad = grad_h.mutable_data_ptr<float>();
 
@@ -369,10 +399,11 @@ struct GatedConv : torch::autograd::Function<GatedConv> {
                                                 const at::Tensor& norm_scale, const at::Tensor& gate_weight,
                                                 const at::Tensor& value_weight,
                                                 const std::optional<at::Tensor>& history, int64_t dilation,
-                                                int64_t groups, double eps, bool with_slopes) {
+                                                int64_t groups, double eps, std::string_view precision,
+                                                bool with_slopes) {
     at::AutoDispatchBelowADInplaceOrView guard;
     const auto [y, slopes] = flashlm::forward(x, norm_scale, gate_weight, value_weight, history, dilation,
-                                              groups, eps, with_slopes);
+                                              groups, eps, precision, with_slopes);
     ctx->mark_non_differentiable({slopes});
     ctx->set_materialize_grads(false);  // else backward gets zeros of the slopes' size
     ctx->save_for_backward(
@@ -385,22 +416,23 @@ struct GatedConv : torch::autograd::Function<GatedConv> {
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  const torch::autograd::variable_list& grads) {
-    if (!grads[0].defined()) return torch::autograd::variable_list(9);
+    if (!grads[0].defined()) return torch::autograd::variable_list(10);
     const auto saved = ctx->get_saved_variables();
     auto [grad_x, grad_scale, grad_gate, grad_value, grad_history] =
         flashlm::backward(grads[0], saved[0], saved[1], saved[2], saved[3], saved[4], saved_history(saved[5]),
                           ctx->saved_data["dilation"].toInt(), ctx->saved_data["groups"].toInt(),
                           ctx->saved_data["eps"].toDouble());
     return {grad_x,    grad_scale, grad_gate, grad_value, saved[5].defined() ? grad_history : no_grad(),
-            no_grad(), no_grad(),  no_grad(), no_grad()};
+            no_grad(), no_grad(),  no_grad(), no_grad(),  no_grad()};
   }
 };
 
 Outputs forward_autograd(const at::Tensor& x, const at::Tensor& norm_scale, const at::Tensor& gate_weight,
                          const at::Tensor& value_weight, const std::optional<at::Tensor>& history,
-                         int64_t dilation, int64_t groups, double eps, bool with_slopes) {
-  auto out =
-      GatedConv::apply(x, norm_scale, gate_weight, value_weight, history, dilation, groups, eps, with_slopes);
+                         int64_t dilation, int64_t groups, double eps, std::string_view precision,
+                         bool with_slopes) {
+  auto out = GatedConv::apply(x, norm_scale, gate_weight, value_weight, history, dilation, groups, eps,
+                              precision, with_slopes);
   return {out[0], out[1]};
 }
 

@@ -22,21 +22,25 @@ namespace flashlm {
 ///   returns      (B, T, D)               same dtype, contiguous; differentiable in all tensors
 ///
 /// A sequence fed in pieces, each with the rows before it as history, gives exactly the result of the whole.
-/// bfloat16 is computed in float32. `gradient` says what the backward pass multiplies, with sums in float32;
-/// y does not depend on it. A CPU without AVX512-BF16, and float64, take "float32":
+/// Of dtype bfloat16, tensors are computed in float32. What is multiplied, with sums in float32, `precision`
+/// says for y and `gradient` for the backward pass. A CPU without AVX512-BF16, and float64, take "float32":
 ///
-///   "float32"   Only the arguments are kept for backward, which computes the convolutions again.
-///   "bfloat16"  dy/dgate and dy/dvalue, the slopes by the two convolutions, are kept in bfloat16, 4 D bytes
-///               a row, if a gradient will be needed. They, their products with the gradient of y, h and the
-///               weights are rounded to bfloat16: the error of a gradient is about 3e-3 of its norm.
+///   precision   "float32"   h and the weights as they are.
+///               "bfloat16"  Both rounded to bfloat16: the error of a convolution is about 2e-3 of its norm.
+///   gradient    "float32"   Only the arguments are kept for backward, which computes the convolutions again,
+///                           in float32.
+///               "bfloat16"  dy/dgate and dy/dvalue, the slopes by the two convolutions, are kept in
+///                           bfloat16, 4 D bytes a row, if a gradient will be needed. They, their products
+///                           with the gradient of y, h and the weights are rounded to bfloat16: the error of
+///                           a gradient is about 3e-3 of its norm.
 ///
-/// Errors: those of causal_conv1d, norm_scale not of size D, eps < 0, an unknown gradient.
+/// Errors: those of causal_conv1d, norm_scale not of size D, eps < 0, an unknown precision or gradient.
 /// Schema: flashlm::gated_conv(Tensor x, Tensor norm_scale, Tensor gate_weight, Tensor value_weight,
-///         Tensor? history=None, *, int dilation=1, int groups=1, float eps=1e-6, str gradient="float32")
-///         -> Tensor
+///         Tensor? history=None, *, int dilation=1, int groups=1, float eps=1e-6, str gradient="float32",
+///         str precision="float32") -> Tensor
 at::Tensor gated_conv(const at::Tensor& x, const at::Tensor& norm_scale, const at::Tensor& gate_weight,
                       const at::Tensor& value_weight, const std::optional<at::Tensor>& history = std::nullopt,
                       int64_t dilation = 1, int64_t groups = 1, double eps = 1e-6,
-                      std::string_view gradient = "float32");
+                      std::string_view gradient = "float32", std::string_view precision = "float32");
 
 }  // namespace flashlm

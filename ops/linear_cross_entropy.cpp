@@ -7,10 +7,10 @@
 #include "ops/linear_cross_entropy.h"
 
 #include <ATen/TensorSubclassLikeUtils.h>
-#include <sys/mman.h>
 
 #include <cmath>
 #include <limits>
+#include <mutex>
 #include <numeric>
 #include <string>
 
@@ -341,16 +341,31 @@ void for_each_target(const Problem& p, int64_t row, int64_t rows, int64_t word, 
   }
 }
 
-/// Asks for pages of 2 MiB. A large array comes fresh from the system in every call, and its pages of 4 KiB
-/// take longer to fault in than to write.
-void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
-#ifdef MADV_HUGEPAGE
-  constexpr int64_t kPage = 1 << 21;
-  const int64_t first = reinterpret_cast<int64_t>(data), begin = round_up(first, kPage),
-                end = (first + bytes) / kPage * kPage;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), static_cast<size_t>(end - begin), MADV_HUGEPAGE);
-#endif
-}
+/// Memory that stays for the next call, unless another call has it just now or it is a lot. Fresh from the
+/// system it would cost up to a third of a call's time, where other operators took and gave back memory
+/// since.
+class StandingMemory {
+ public:
+  explicit StandingMemory(int64_t bytes)
+      : lock_(mutex(), std::defer_lock),
+        memory_(bytes <= kKeptBytes && lock_.try_lock() ? standing() : own_) {
+    memory_.resize(bytes);
+  }
+  uint8_t* data() const { return memory_.data; }
+
+ private:
+  static std::mutex& mutex() {
+    static std::mutex mutex;
+    return mutex;
+  }
+  static Scratch<uint8_t>& standing() {
+    static auto& memory = *new Scratch<uint8_t>();  // outlives every other static
+    return memory;
+  }
+  std::unique_lock<std::mutex> lock_;
+  Scratch<uint8_t> own_;
+  Scratch<uint8_t>& memory_;
+};
 
 /// What the forward pass leaves to the backward pass of the logits of a chunk of rows, block by block: the
 /// logits themselves, or where their gradients will be rounded to bfloat16 anyhow, e^(z - max) in bfloat16,
@@ -364,14 +379,16 @@ struct KeptLogits {
   static bool in_place(const KeptLogits* kept) { return kept != nullptr && !kRounded; }
 
   KeptLogits(const Cut& cut, int64_t rows)
-      : capacity(rows), memory(rows * cut.blocks * kBlockStride), max(kRounded ? rows * cut.blocks : 0) {
-    prefer_huge_pages(memory.data, memory.size * static_cast<int64_t>(sizeof(Kept)));
-  }
+      : capacity(rows),
+        memory(rows * cut.blocks * kBlockStride * static_cast<int64_t>(sizeof(Kept))),
+        max(kRounded ? rows * cut.blocks : 0) {}
 
   /// Number of a block's row, for `max`, and in rows of kBlockStride values for the memory. Rows are counted
   /// from the chunk's first.
   int64_t offset(int64_t row, int64_t word) const { return word / kBlockWords * capacity + row; }
-  Kept* block(int64_t row, int64_t word) const { return memory.data + offset(row, word) * kBlockStride; }
+  Kept* block(int64_t row, int64_t word) const {
+    return reinterpret_cast<Kept*>(memory.data()) + offset(row, word) * kBlockStride;
+  }
 
   /// Where the logits of a block are to be computed.
   T* logits(int64_t row, int64_t word, T* scratch) const {
@@ -409,7 +426,7 @@ struct KeptLogits {
   }
 
   int64_t capacity;
-  Scratch<Kept> memory;
+  StandingMemory memory;
   Scratch<T> max;
 };
 
@@ -588,7 +605,6 @@ void backward_chunk(const Problem& p, const Cut& cut, const LeftOfLogits<P>& h, 
   }
   // A single slab has no other to be added to.
   Scratch<T> slab_grad_h(grad.h && cut.slabs > 1 ? cut.slabs * rows_in_chunk * width : 0);
-  prefer_huge_pages(slab_grad_h.data, slab_grad_h.size * static_cast<int64_t>(sizeof(T)));
   const auto grad_h_of = [&](int64_t slab, int64_t row) {
     return cut.slabs > 1 ? slab_grad_h.data + (slab * rows_in_chunk + row - begin) * width
                          : grad.h + row * width;
@@ -648,7 +664,7 @@ struct GradientTensors {
     // Every group writes the whole of its part before it adds to it, if there are rows at all.
     if (wanted[1]) {
       weight_parts = at::empty({cut.groups, p.words, p.width}, options);
-      prefer_huge_pages(weight_parts.mutable_data_ptr(), static_cast<int64_t>(weight_parts.nbytes()));
+      prefer_huge_pages(weight_parts);
       if (p.rows == 0) weight_parts.zero_();
     }
     if (wanted[2]) bias_parts = at::zeros({cut.groups, p.words}, options);

@@ -44,8 +44,8 @@ namespace flashlm {
 /// threads:
 ///   forward                 3 S N + 256 P (D + 272)
 ///   gradients, "none"       (S + 1) G · 512 D + 256 P (2 D + 272), beside the gradients; G V D more if G > 1
-///   gradients of a scalar   the sum of both, and a chunk's logits: 2^26 bytes or, if more, 273 V values; in
-///                           "bfloat16" of 2 bytes, and a hundredth more
+///   gradients of a scalar   the sum of both, and a chunk's logits: 2^26 bytes, which stay for the next call,
+///                           or, if more, 273 V values; in "bfloat16" of 2 bytes, and a hundredth more
 /// and N D more for a copy of h if positions are ignored. bfloat16 tensors are computed in float32, on copies
 /// of h and weight. Precision "bfloat16" packs h once, N D / 2, and takes no more than the above otherwise.
 /// Double backward is refused.

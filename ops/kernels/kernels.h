@@ -258,6 +258,11 @@ struct Table {
   void (*scale_rows)(int64_t rows, int64_t width, const T* x, int64_t x_row, const T* rstd, const T* scale,
                      T* y);
 
+  /// The same in pairs of bfloat16: y (rows, (width + 1) / 2), the last half of an odd row zero. Null where
+  /// bf16_panel is 0.
+  void (*scale_rows_bf16)(int64_t rows, int64_t width, const T* x, int64_t x_row, const T* rstd,
+                          const T* scale, int32_t* y);
+
   // ---- rows ----
 
   /// Row index[r] of `to` = row r of from (rows, width), past the caches where the CPU has such stores: for

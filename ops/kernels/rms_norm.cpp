@@ -53,17 +53,39 @@ void inverse_rms(int64_t rows, int64_t width, const T* x, T eps, T* rstd) {
   });
 }
 
-template <class T>
-void scale_rows(int64_t rows, int64_t width, const T* x, int64_t x_row, const T* rstd, const T* scale, T* y) {
+/// put(r, i, v, n) takes v, the n scaled values from column i of row r, and zeros after them.
+template <class T, class Put>
+inline void for_each_scaled(int64_t rows, int64_t width, const T* x, int64_t x_row, const T* rstd,
+                            const T* scale, const Put& put) {
   for (int64_t r = 0; r < rows; ++r) {
     const Vec<T> by = broadcast(rstd[r]);
     for_each_vector<T>(
         width, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
-          store_up_to<T>(y + r * width + i, load_up_to(x + r * x_row + i, n) * by * load_up_to(scale + i, n),
-                         n);
+          put(r, i, load_up_to(x + r * x_row + i, n) * by * load_up_to(scale + i, n), n);
         });
   }
 }
+
+template <class T>
+void scale_rows(int64_t rows, int64_t width, const T* x, int64_t x_row, const T* rstd, const T* scale, T* y) {
+  for_each_scaled(
+      rows, width, x, x_row, rstd,
+      scale, [&](int64_t r, int64_t i, const Vec<T>& v, int64_t n) __attribute__((always_inline)) {
+        store_up_to<T>(y + r * width + i, v, n);
+      });
+}
+
+#if defined(__AVX512BF16__)
+void scale_rows_bf16(int64_t rows, int64_t width, const float* x, int64_t x_row, const float* rstd,
+                     const float* scale, int32_t* y) {
+  auto* const halves = reinterpret_cast<uint16_t*>(y);
+  for_each_scaled(
+      rows, width, x, x_row, rstd,
+      scale, [&](int64_t r, int64_t i, const Vec<float>& v, int64_t n) __attribute__((always_inline)) {
+        store_bf16(halves + r * (width + width % 2) + i, v, n + n % 2);
+      });
+}
+#endif
 
 template <class T>
 void rms_norm(int64_t rows, int64_t width, const T* x, const T* scale, T eps, T* y) {
@@ -134,6 +156,9 @@ template <class T>
 void add_rms_norm(Table<T>& table) {
   table.inverse_rms = inverse_rms<T>;
   table.scale_rows = scale_rows<T>;
+#if defined(__AVX512BF16__)
+  if constexpr (sizeof(T) == sizeof(float)) table.scale_rows_bf16 = scale_rows_bf16;
+#endif
   table.rms_norm = rms_norm<T>;
   table.rms_norm_backward = rms_norm_backward<T>;
   table.rms_norm_residual_backward = rms_norm_residual_backward<T>;

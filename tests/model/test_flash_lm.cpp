@@ -10,8 +10,11 @@
 #include "data/error.h"
 #include "model/flash_lm.h"
 #include "model/generate.h"
+#include "model/layers.h"
 #include "model/safetensors.h"
 #include "model/torchscript.h"
+#include "ops/kernels/kernels.h"
+#include "ops/ops.h"
 #include "tests/ops/check.h"
 
 using namespace flashlm;
@@ -38,6 +41,14 @@ ModelConfig tiny_scaled() {
   config.activation = "int8";
   config.embedding_scale = 50;
   config.router = false;
+  return config;
+}
+
+/// With rounded products, going forward and backward.
+ModelConfig tiny_rounded() {
+  ModelConfig config = tiny();
+  config.gradient = "bfloat16";
+  config.conv_precision = "bfloat16";
   return config;
 }
 
@@ -124,7 +135,7 @@ TEST_CASE("the loss holds position t against target t", "[model][causality]") {
 }
 
 TEST_CASE("a text in pieces of any size gives the whole's hidden states, exactly", "[model]") {
-  FlashLM model = make(GENERATE(tiny(), tiny_scaled()));
+  FlashLM model = make(GENERATE(tiny(), tiny_scaled(), tiny_rounded()));
   torch::NoGradGuard no_grad;
   const at::Tensor ids = tokens(2, 70), whole = model->hidden(ids);
   for (const auto& sizes : std::vector<std::vector<int64_t>>{{70}, {1, 69}, {30, 1, 1, 38}, {5, 5, 60}}) {
@@ -136,6 +147,44 @@ TEST_CASE("a text in pieces of any size gives the whole's hidden states, exactly
       at += size;
     }
     REQUIRE(at::equal(torch::cat(pieces, 1), whole));
+  }
+}
+
+TEST_CASE("gradient and conv-precision reach the convolutions", "[model]") {
+  ModelConfig config = tiny();
+  config.dilations = {4};
+  config.gradient = GENERATE("float32", "bfloat16");
+  config.conv_precision = GENERATE("float32", "bfloat16");
+  torch::manual_seed(3);
+  ConvMixer mixer(config, /*out_std=*/0.1);
+  const auto weights = mixer.named_parameters();
+  const at::Tensor x = randn({2, 40, 32}).requires_grad_(), grad_y = randn({2, 40, 32}, at::kFloat, 1);
+  const auto gradients_of = [&](const at::Tensor& y) {
+    Tensors inputs = {x};
+    for (const auto& weight : weights) inputs.push_back(weight.value());
+    Tensors grads = torch::autograd::grad({y}, inputs, {grad_y});
+    grads.push_back(y.detach());
+    return grads;
+  };
+  const auto by_hand = [&](const std::string& gradient, const std::string& precision) {
+    const at::Tensor y = gated_conv(x, weights["norms.0.scale"], weights["layers.0.conv_gate.conv.weight"],
+                                    weights["layers.0.conv_value.conv.weight"], std::nullopt, /*dilation=*/4,
+                                    config.groups, config.norm_eps, gradient, precision);
+    return gradients_of(bit_linear(y, weights["out_proj.weight"], std::nullopt, config.quantizer,
+                                   config.activation, /*eps=*/1e-6, config.gradient));
+  };
+  const auto all_equal = [](const Tensors& a, const Tensors& b) {
+    return std::equal(a.begin(), a.end(), b.begin(), b.end(),
+                      [](const at::Tensor& s, const at::Tensor& t) { return at::equal(s, t); });
+  };
+  const Tensors got = gradients_of(mixer.forward(x, /*state=*/nullptr, /*lower_bound=*/{}));
+  for (const char* gradient : {"float32", "bfloat16"}) {
+    for (const char* precision : {"float32", "bfloat16"}) {
+      const bool is_same = gradient == config.gradient && precision == config.conv_precision;
+      if (is_same || kernels::table<float>().bf16_panel > 0) {
+        REQUIRE(all_equal(by_hand(gradient, precision), got) == is_same);
+      }
+    }
   }
 }
 
@@ -257,7 +306,7 @@ TEST_CASE("top-k and top-p keep exactly the tokens they should", "[generate]") {
 
 TEST_CASE("the TorchScript module equals the model, saved, loaded, stepped and generating", "[torchscript]") {
   const TemporaryFolder folder;
-  FlashLM model = make(GENERATE(tiny(), tiny_scaled()));
+  FlashLM model = make(GENERATE(tiny(), tiny_scaled(), tiny_rounded()));
   torch::NoGradGuard no_grad;
   const auto path = folder.path / "model.pt";
   export_torchscript(model, "tokenizer bytes", path);
@@ -302,6 +351,8 @@ TEST_CASE("settings that cannot be are refused by name", "[model]") {
   refused("each of dilations must be at least 1, got 0", [](auto& c) { c.dilations = {1, 0}; });
   refused("dilations must name at least one convolution, got none", [](auto& c) { c.dilations = {}; });
   refused("quantizer must be 'absmean' or 'threshold', got 'sign'", [](auto& c) { c.quantizer = "sign"; });
+  refused("conv-precision must be 'float32' or 'bfloat16', got 'int8'",
+          [](auto& c) { c.conv_precision = "int8"; });
   refused("activation must be 'int8' or 'none', got 'fp8'", [](auto& c) { c.activation = "fp8"; });
   require_error([] { model_config_from_json("{}"); }, "unreadable model settings");
 }

@@ -197,6 +197,30 @@ void test_zip(const Table<float>& table) {
   }
 }
 
+void test_scale_rows(const Table<float>& table) {
+  for (int64_t rows : {0, 1, 5}) {
+    for (int64_t width = 1; width <= 35; ++width) {
+      INFO("rows " << rows << " width " << width);
+      Strided<float> x(rows, width, 2, 1);
+      auto rstd = dyadic<float>(rows, 2), scale = dyadic<float>(width, 3);
+      for (float& s : scale) s *= 1.01f;  // products that are no bfloat16
+      for (float& s : rstd) s = std::abs(s);
+      std::vector<float> plain(rows * width);
+      table.scale_rows(rows, width, x.data(), x.row, rstd.data(), scale.data(), plain.data());
+      std::vector<int32_t> want;
+      for (int64_t r = 0; r < rows; ++r) {
+        const float* row = plain.data() + r * width;
+        for (int64_t i = 0; i < width; i += 2) {
+          want.push_back(pair_of(bfloat16(row[i]), i + 1 < width ? bfloat16(row[i + 1]) : 0));
+        }
+      }
+      std::vector<int32_t> got(want.size(), -1);
+      table.scale_rows_bf16(rows, width, x.data(), x.row, rstd.data(), scale.data(), got.data());
+      REQUIRE(got == want);
+    }
+  }
+}
+
 void test_slopes(const Table<float>& table) {
   for (int64_t rows : {0, 1, 3}) {
     for (int64_t width = 1; width <= 35; ++width) {
@@ -257,6 +281,10 @@ TEST_CASE("causal_conv1d_bf16 equals the naive loop at every size around its til
 
 TEST_CASE("bf16_zip makes pairs of two matrices", "[gemm_bf16]") {
   for_each_table_with(&Table<float>::bf16_panel, test_zip);
+}
+
+TEST_CASE("scale_rows_bf16 equals scale_rows, rounded", "[gated_conv]") {
+  for_each_table_with(&Table<float>::bf16_panel, test_scale_rows);
 }
 
 TEST_CASE("gated_conv_slopes equals gated_conv, its slopes and their gradient the formula", "[gated_conv]") {

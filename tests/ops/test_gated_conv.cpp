@@ -30,8 +30,10 @@ std::optional<at::Tensor> history_of(const Tensors& inputs) {
   return inputs.size() > 4 ? std::optional<at::Tensor>(inputs[4]) : std::nullopt;
 }
 
-at::Tensor run(const Tensors& t, const Conv& conv, double eps = 1e-6, std::string_view gradient = "float32") {
-  return gated_conv(t[0], t[1], t[2], t[3], history_of(t), conv.dilation, conv.groups, eps, gradient);
+at::Tensor run(const Tensors& t, const Conv& conv, double eps = 1e-6, std::string_view gradient = "float32",
+               std::string_view precision = "float32") {
+  return gated_conv(t[0], t[1], t[2], t[3], history_of(t), conv.dilation, conv.groups, eps, gradient,
+                    precision);
 }
 
 at::Tensor run_reference(const Tensors& t, const Conv& conv, double eps = 1e-6) {
@@ -65,6 +67,41 @@ TEST_CASE("gated_conv equals its reference for any length, group, stride and dty
   }
 }
 
+TEST_CASE("gated_conv in bfloat16 precision rounds h and the weights, and nothing else", "[gated_conv]") {
+  const auto conv = GENERATE(from_range(kConvs));
+  const bool has_products = kernels::table<float>().bf16_panel > 0;
+  for (int64_t time : {1, 3, 63, 64, 65, 200}) {
+    for (const bool with_history : {false, true}) {
+      INFO(conv << " T " << time << " history " << with_history);
+      Tensors inputs = inputs_of(conv, 2, time);
+      if (!with_history) inputs.pop_back();
+      const auto without_x = [&](const at::Tensor& y) { return (y - inputs[0]).to(at::kDouble); };
+      const at::Tensor exact = run(inputs, conv);
+      const at::Tensor got = run(inputs, conv, 1e-6, "float32", "bfloat16");
+      if (!has_products) {
+        require_equal(got, exact);
+        continue;
+      }
+      const auto rounded = [](const at::Tensor& t) { return t.to(at::kBFloat16).to(at::kDouble); };
+      const auto normed = [&](const at::Tensor& t) {
+        return rounded(reference::rms_norm(t, inputs[1], 1e-6));
+      };
+      const auto history = with_history ? std::optional(normed(inputs[4])) : std::nullopt;
+      const auto convolution = [&](size_t weight) {
+        return reference::causal_conv1d(normed(inputs[0]), rounded(inputs[weight]), history, conv.dilation,
+                                        conv.groups);
+      };
+      const at::Tensor want = convolution(2).sigmoid() * convolution(3);
+      // Float32's last bit of h decides how it is rounded, now and then.
+      require_close_in_norm(without_x(got), want, 1e-3);
+      REQUIRE_FALSE(at::equal(got, exact));
+      require_close_in_norm(without_x(got), without_x(exact), 1e-2);
+      // What the gradients are asked to be does not matter.
+      require_equal(run(with_gradients(inputs), conv, 1e-6, "bfloat16", "bfloat16"), got);
+    }
+  }
+}
+
 TEST_CASE("gated_conv of nothing is nothing, with zero gradients", "[gated_conv]") {
   const Conv conv = {6, 2, 3, 2};
   for (const auto& [batch, time] : {std::pair<int64_t, int64_t>{0, 5}, {2, 0}}) {
@@ -79,13 +116,14 @@ TEST_CASE("gated_conv of nothing is nothing, with zero gradients", "[gated_conv]
 
 TEST_CASE("gated_conv in pieces equals the whole bit for bit", "[gated_conv]") {
   const auto conv = GENERATE(from_range(kConvs));
-  INFO(conv);
+  const std::string precision = GENERATE("float32", "bfloat16");
+  INFO(conv << " in " << precision);
   const Tensors inputs = inputs_of(conv, 2, conv.reach() + 150);
   const at::Tensor all = inputs[0];
   const auto piece = [&](int64_t begin, int64_t end) {
     return run({all.slice(1, begin, end), inputs[1], inputs[2], inputs[3],
                 all.slice(1, begin - conv.reach(), begin)},
-               conv);
+               conv, 1e-6, "float32", precision);
   };
   const at::Tensor whole = piece(conv.reach(), all.size(1));
   for (int64_t longest : {1, 7, 40, 149}) {
@@ -192,7 +230,7 @@ TEST_CASE("gated_conv passes on that there is no gradient", "[gated_conv]") {
   }
 }
 
-TEST_CASE("gated_conv in float64 has exact gradients whatever is asked for", "[gated_conv]") {
+TEST_CASE("gated_conv in float64 is exact whatever is asked for", "[gated_conv]") {
   const Conv conv = {6, 2, 3, 2};
   const Tensors inputs = with_gradients(inputs_of(conv, 2, 20, at::kDouble));
   const auto grads = [&](const char* gradient) {
@@ -200,6 +238,7 @@ TEST_CASE("gated_conv in float64 has exact gradients whatever is asked for", "[g
   };
   const Tensors got = grads("bfloat16"), want = grads("float32");
   for (size_t i = 0; i < got.size(); ++i) require_equal(got[i], want[i]);
+  require_equal(run(inputs, conv, 1e-6, "float32", "bfloat16"), run(inputs, conv));
 }
 
 TEST_CASE("gated_conv gradients of bfloat16 tensors in bfloat16 are float32's, rounded", "[gated_conv]") {
@@ -212,7 +251,7 @@ TEST_CASE("gated_conv gradients of bfloat16 tensors in bfloat16 are float32's, r
 }
 
 TEST_CASE("gated_conv does not depend on the number of threads", "[gated_conv]") {
-  const std::string gradient = GENERATE("float32", "bfloat16");
+  const std::string in = GENERATE("float32", "bfloat16");
   // Threads share the batch, the groups of a sequence, or the time of one group.
   const auto conv = GENERATE(Conv{64, 4, 4, 16}, Conv{48, 1, 4, 4});
   const int64_t batch = GENERATE(1, 3, 9);
@@ -221,7 +260,7 @@ TEST_CASE("gated_conv does not depend on the number of threads", "[gated_conv]")
   require_same_for_any_threads([&] {
     Tensors inputs = with_gradients(inputs_of(conv, batch, 300));
     if (!with_history) inputs.pop_back();
-    const auto f = [&](const Tensors& t) { return run(t, conv, 1e-6, gradient); };
+    const auto f = [&](const Tensors& t) { return run(t, conv, 1e-6, in, in); };
     Tensors out = gradients(f, inputs);
     out.push_back(f(inputs).detach());
     return out;
@@ -275,6 +314,8 @@ TEST_CASE("gated_conv refuses wrong arguments in words", "[gated_conv]") {
                 "gated_conv: eps must be >= 0, got -1");
   require_error([&] { gated_conv(x, scale, weight, weight, {}, 1, 4, 1e-6, "int8"); },
                 "gated_conv: gradient must be 'float32' or 'bfloat16', got 'int8'");
+  require_error([&] { gated_conv(x, scale, weight, weight, {}, 1, 4, 1e-6, "float32", "int8"); },
+                "gated_conv: precision must be 'float32' or 'bfloat16', got 'int8'");
 }
 
 TEST_CASE("gated_conv refuses double backward in words", "[gated_conv]") {

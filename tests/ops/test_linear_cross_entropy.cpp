@@ -2,6 +2,7 @@
 #include <c10/core/CPUAllocator.h>
 
 #include <atomic>
+#include <future>
 
 #include "ops/kernels/kernels.h"
 #include "ops/linear_cross_entropy.h"
@@ -440,6 +441,22 @@ TEST_CASE("linear_cross_entropy never holds the logits", "[linear_cross_entropy]
     REQUIRE(peak.bytes() < (reduction == "none" ? backward + grads : 0) + kSmall);
   }
   REQUIRE(forward + backward + grads + at_once < kPositions * kWords * 4 / 7);
+}
+
+TEST_CASE("linear_cross_entropy in two threads of the caller at once", "[linear_cross_entropy]") {
+  const std::string precision = GENERATE("float32", "bfloat16");
+  const Tensors inputs = parameters({300}, 5000, 8, true, at::kFloat);
+  const at::Tensor y = targets({300}, 5000, {});
+  const auto grads = [&] {
+    return torch::autograd::grad({std::get<0>(run(inputs, y, {0, 0, -100, "mean", precision}))}, inputs);
+  };
+  const Tensors want = grads();
+  std::vector<std::future<Tensors>> calls;
+  for (int i = 0; i < 8; ++i) calls.push_back(std::async(std::launch::async, grads));
+  for (auto& call : calls) {
+    const Tensors got = call.get();
+    for (size_t i = 0; i < want.size(); ++i) require_equal(got[i], want[i]);
+  }
 }
 
 TEST_CASE("linear_cross_entropy: a loss that is used twice, scaled or not", "[linear_cross_entropy]") {

@@ -64,7 +64,8 @@ def causal_conv1d(x, weight, history=None, *, dilation=1, groups=1):
 
 
 def gated_conv(
-    x, norm_scale, gate_weight, value_weight, history=None, *, dilation=1, groups=1, eps=1e-6, gradient="float32"
+    x, norm_scale, gate_weight, value_weight, history=None, *,
+    dilation=1, groups=1, eps=1e-6, gradient="float32", precision="float32",
 ):
     h = rms_norm(x, norm_scale, eps)
     past = None if history is None else rms_norm(history, norm_scale, eps)

@@ -177,7 +177,7 @@ def conv(name, batch, time, width, taps, history=False, **options):
     def past():
         return dict(history=randn(batch, (taps - 1) * dilation, width)) if history else {}
 
-    if "gradient" not in options:
+    if not options.keys() & {"gradient", "precision"}:
         add(
             "causal_conv1d",
             name,
@@ -205,6 +205,8 @@ conv("one_tap", 2, 3, 4, 1, groups=2)
 conv("no_batch", 0, 5, 4, 3, groups=2)
 conv("gradient_bfloat16", 2, 11, 6, 4, dilation=2, groups=2, gradient="bfloat16")
 conv("gradient_bfloat16_history", 2, 5, 6, 3, history=True, dilation=2, groups=3, gradient="bfloat16")
+conv("bfloat16", 2, 11, 6, 4, dilation=2, groups=2, gradient="bfloat16", precision="bfloat16")
+conv("precision_bfloat16", 2, 11, 4, 4, dilation=2, groups=2, precision="bfloat16")
 
 # ---- mlgru, mlgru_step ----
 
@@ -380,6 +382,7 @@ REFUSALS = [
     Refusal("gated_conv", dict(norm_scale=torch.ones(3)), "norm_scale's size must be 4, got 3"),
     Refusal("gated_conv", dict(history=torch.ones(2, 3, 4)), "history must be (B, (K-1)*dilation, D)"),
     Refusal("gated_conv", dict(gradient="int8"), "gradient must be 'float32' or 'bfloat16', got 'int8'"),
+    Refusal("gated_conv", dict(precision="int8"), "precision must be 'float32' or 'bfloat16', got 'int8'"),
     Refusal("mlgru", dict(c=torch.ones(2, 5, 16)), "c must be (B, T, D) = [2, 5, 17], got [2, 5, 16]"),
     Refusal("mlgru", dict(h0=torch.ones(2, 5, 17)), "h0 must be (B, D) = [2, 17], got [2, 5, 17]"),
     Refusal("mlgru", dict(activation="tanh"), "activation must be none or silu, got tanh"),
