@@ -120,6 +120,27 @@ FLASHLM_INSTRUCTION_LOOP(fma_zmm, FLASHLM_ZERO_AVX, FLASHLM_FMA_ZMM, "vzeroupper
 FLASHLM_INSTRUCTION_LOOP(dpbusd_zmm, FLASHLM_ZERO_AVX, FLASHLM_DPBUSD_ZMM, "vzeroupper\n")
 FLASHLM_INSTRUCTION_LOOP(dpbf16_zmm, FLASHLM_ZERO_AVX, FLASHLM_DPBF16_ZMM, "vzeroupper\n")
 
+// Six tiles of sums, twice each in a loop of twelve, and two of factors: a sum returns after four others,
+// longer than the latency of 52 cycles at 16 cycles each.
+#define FLASHLM_TILE_LOOP(name, instruction)                                                        \
+  void name(int64_t n) {                                                                            \
+    struct alignas(64) {                                                                            \
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};                                        \
+      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};                                    \
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};                                          \
+    } config;                                                                                       \
+    asm volatile("ldtilecfg %1\n tilezero %%tmm6\n tilezero %%tmm7\n 1:\n" FLASHLM_SIX(instruction) \
+                     FLASHLM_SIX(instruction) "dec %0\n jnz 1b\n tilerelease\n"                     \
+                 : "+r"(n)                                                                          \
+                 : "m"(config)                                                                      \
+                 : "cc");                                                                           \
+  }
+#define FLASHLM_SIX(op) op(0) op(1) op(2) op(3) op(4) op(5)
+#define FLASHLM_TILE_DPBUSD(i) "tdpbusd %%tmm7, %%tmm6, %%tmm" #i "\n"
+#define FLASHLM_TILE_DPBF16(i) "tdpbf16ps %%tmm7, %%tmm6, %%tmm" #i "\n"
+FLASHLM_TILE_LOOP(dpbusd_tmm, FLASHLM_TILE_DPBUSD)
+FLASHLM_TILE_LOOP(dpbf16_tmm, FLASHLM_TILE_DPBF16)
+
 /// Lowest level first. To add one: its op above and its line here.
 const std::vector<Instruction> kInstructions = {
     {"float32", "mulps + addps xmm", "baseline", 4, mulps_addps},
@@ -130,6 +151,8 @@ const std::vector<Instruction> kInstructions = {
     {"float32", "vfmadd231ps zmm", "avx512", 16, fma_zmm},
     {"int8", "vpdpbusd zmm", "avx512", 64, dpbusd_zmm},
     {"bfloat16", "vdpbf16ps zmm", "avx512bf16", 32, dpbf16_zmm},
+    {"int8", "tdpbusd tmm", "amx", 16 * 16 * 64, dpbusd_tmm},
+    {"bfloat16", "tdpbf16ps tmm", "amx", 16 * 16 * 32, dpbf16_tmm},
 };
 
 #else

@@ -128,8 +128,11 @@ at::Tensor pack_conv_bf16(const ConvCall& call, const at::Tensor& w, bool back =
   return packed;
 }
 
-/// Rows between two requests for memory: whole tiles of the kernels.
+/// Rows between two requests for memory: whole tiles of the kernels, for T and for pairs of bfloat16.
+template <class Element>
 constexpr int64_t kPiece = 24;
+template <>
+constexpr int64_t kPiece<int32_t> = 32;
 
 /// Asks for (rows, width), rows `row` elements apart, that will soon be read or written: a group's columns
 /// are too far apart for the CPU to foresee. Addresses past an array's end do no harm. Always inlined, as
@@ -187,8 +190,9 @@ Outputs forward_cpu(const at::Tensor& x, const at::Tensor& norm_scale, const at:
             const int64_t ins = call.conv.in;
             // Asks for the same rows of the next block.
             const int64_t next = rows * call.width;
-            for (int64_t r = 0; r < rows; r += kPiece) {
-              const int64_t count = std::min(kPiece, rows - r), at = (row + r) * call.width + g * ins;
+            for (int64_t r = 0; r < rows; r += kPiece<Element>) {
+              const int64_t count = std::min(kPiece<Element>, rows - r),
+                            at = (row + r) * call.width + g * ins;
               prefetch(all_x + at + next, count, ins, call.width);
               prefetch(all_y + at + next, count, ins, call.width);
               causal_conv1d(conv, count, window + r * conv.in, conv.in, panels, convs, conv.out);
@@ -285,8 +289,8 @@ at::Tensor conv_backward_bf16(const Input<float>& input, const at::Tensor& w, co
       float* const group_grad = all_grad + b * (call.lead + call.time) * call.width + g * in;
       input_gradient(call, [&](kernels::Conv1d cut, int64_t count, int64_t from, int64_t to) {
         cut.in /= 2;
-        for (int64_t r = 0; r < count; r += kPiece) {
-          const int64_t piece = std::min(kPiece, count - r);
+        for (int64_t r = 0; r < count; r += kPiece<int32_t>) {
+          const int64_t piece = std::min(kPiece<int32_t>, count - r);
           float* const grad = group_grad + (to + r) * call.width;
           soon(b, g, to + r - call.lead, piece);
           prefetch(grad + in, piece, in, call.width);

@@ -3,6 +3,7 @@
 // instruction multiplies them by signed activations and adds neighbours in fours (dot4) or in pairs
 // (vpmaddubsw); the row sum of the activations, which is what the + 1 adds, is taken off again. Everything
 // between quantization and the final scaling is integer, so all levels agree bit for bit.
+#include "ops/kernels/amx.h"
 #include "ops/kernels/dot4.h"
 #include "ops/kernels/dot_tile.h"
 #include "ops/kernels/families.h"
@@ -23,6 +24,9 @@ constexpr int64_t kOutputs = kVectorBytes / kGroup;
 // activations, 24 + 4 + 1 of 32 registers or 8 + 2 + 1 (+ a product, where there is no dot4) of 16.
 constexpr int64_t kTileRows = kRegisters == 32 ? 6 : 4;
 constexpr int64_t kTilePanels = kRegisters == 32 ? 4 : 2;
+
+// Rows from which on tiles of 16 are faster than vectors, be they not full.
+[[maybe_unused]] constexpr int64_t kFewestTileRows = 8;
 
 // Additions into a 16-bit lane before it is widened. One addition is a pair of products u*q with u in
 // {0, 1, 2} and q in [-128, 127]: between -512 and 508. 64 of them stay in [-32768, 32512], which is int16;
@@ -305,9 +309,39 @@ void narrow_column(int64_t m, const Operands<T>& o, int64_t width) {
   column<T, panels>(m, o, width);
 }
 
+#if defined(__AMX_TILE__)
+template <class T>
+void gemm_tiles(int64_t m, int64_t n, int64_t k, const int8_t* q, const int32_t* row_sum,
+                const T* inverse_scale, const uint8_t* packed, T gamma, T* y, int64_t y_row) {
+  const int64_t groups = round_up(k, kGroup) / kGroup;
+  for_tile_blocks<SignedTimesUnsigned>(
+      m, (n + kOutputs - 1) / kOutputs, groups,
+      [&](int64_t i, int64_t rows, int64_t p, int64_t count, int32_t* to, int64_t to_row) {
+        pack_tiles(reinterpret_cast<const int32_t*>(q) + i * groups + p, groups, /*column=*/1, rows, count,
+                   to, to_row);
+      },
+      reinterpret_cast<const int32_t*>(packed), groups,
+      [&](int64_t i, int64_t panel, int64_t rows, int64_t panels, const int32_t* sums) {
+        for (int64_t r = 0; r < rows; ++r) {
+          const T factor = gamma * inverse_scale[i + r];
+          for (int64_t v = 0; v < panels; ++v) {
+            const int64_t column = (panel + v) * kOutputs;
+            store_scaled(y + (i + r) * y_row + column, load(sums + r * kBlock + v * kTile) - row_sum[i + r],
+                         factor, n - column);
+          }
+        }
+      });
+}
+#endif
+
 template <class T>
 void gemm(int64_t m, int64_t n, int64_t k, const int8_t* q, const int32_t* row_sum, const T* inverse_scale,
           const uint8_t* packed, T gamma, T* y, int64_t y_row) {
+#if defined(__AMX_TILE__)
+  if (m >= kFewestTileRows) {
+    return gemm_tiles(m, n, k, q, row_sum, inverse_scale, packed, gamma, y, y_row);
+  }
+#endif
   Operands<T> o = {round_up(k, kGroup), q, row_sum, inverse_scale, packed, gamma, y, y_row};
   for (int64_t width = n; width > 0; width -= kTilePanels * kOutputs) {
     narrow_column<T, kTilePanels>(m, o, width);

@@ -3,6 +3,7 @@
 // registers while a panel of the packed weights runs past it. The same code convolves forward (one weight, or
 // two side by side) and backward (weights transposed, taps reversed).
 // A result's sum runs over taps, then input channels, whatever tile it is in: cutting time changes no bit.
+#include "ops/kernels/amx.h"
 #include "ops/kernels/families.h"
 #include "ops/kernels/vec.h"
 
@@ -100,6 +101,44 @@ void causal_conv1d(const Conv1d& conv, int64_t rows, const typename Product::Fac
   }
 }
 
+#if defined(__AMX_TILE__)
+/// In tiles, whose depth is that of all taps together.
+void causal_conv1d_tiles(const Conv1d& conv, int64_t rows, const int32_t* x, int64_t x_row,
+                         const int32_t* packed, float* y, int64_t y_row) {
+  const int64_t depth = (conv.last - conv.first) * conv.in;
+  for_tile_blocks<Bfloat16Pairs>(
+      rows, (conv.out + kTile - 1) / kTile, depth,
+      [&](int64_t i, int64_t count, int64_t p, int64_t groups, int32_t* to, int64_t to_row) {
+        const int64_t tap = p / conv.in, first = p % conv.in;
+        for (int64_t r = 0; r < count; ++r, to += to_row) {
+          const int32_t* from = x + (i + r + tap * conv.dilation) * x_row;
+          // What a vector holds beyond its tap is zero, and gives way to the next tap, or row.
+          for (int64_t done = 0, c = first; done < groups; from += conv.dilation * x_row, c = 0) {
+            const int64_t end = min_of(conv.in, c + groups - done);
+            for (; c < end; c += kTile) {
+              const int64_t width = min_of(kTile, end - c);
+              store(to + done, load_up_to(from + c, width));
+              done += width;
+            }
+          }
+        }
+        for (int64_t r = count; r < round_up(count, kTile); ++r, to += to_row) {
+          for (int64_t at = 0; at < to_row; at += kTile) store(to + at, Vec<int32_t>{});
+        }
+      },
+      packed + conv.first * conv.in * kTile, conv.taps * conv.in,
+      [&](int64_t i, int64_t panel, int64_t count, int64_t panels, const int32_t* sums) {
+        for (int64_t r = 0; r < count; ++r) {
+          for (int64_t v = 0; v < panels; ++v) {
+            const int64_t o = (panel + v) * kTile;
+            store_up_to<float>(y + (i + r) * y_row + o, (Vec<float>)load(sums + r * kBlock + v * kTile),
+                               conv.out - o);
+          }
+        }
+      });
+}
+#endif
+
 /// grad (kIn, width) += the sum over rows of x (rows, kIn) times grad_y (rows, kVecs vectors).
 template <class T, int64_t kIn, int64_t kVecs>
 void weight_tile(int64_t rows, const T* x, int64_t x_row, const T* grad_y, int64_t y_row, T* grad,
@@ -175,7 +214,9 @@ void causal_conv1d_backward_weight(int64_t in, int64_t out, int64_t rows, const 
 template <class T>
 void add_causal_conv1d(Table<T>& table) {
   table.causal_conv1d = causal_conv1d<Floats<T>>;
-#if defined(__AVX512BF16__)
+#if defined(__AMX_TILE__)
+  if constexpr (sizeof(T) == sizeof(float)) table.causal_conv1d_bf16 = causal_conv1d_tiles;
+#elif defined(__AVX512BF16__)
   if constexpr (sizeof(T) == sizeof(float)) table.causal_conv1d_bf16 = causal_conv1d<Bf16Pairs>;
 #endif
   table.causal_conv1d_backward_weight = causal_conv1d_backward_weight<T>;

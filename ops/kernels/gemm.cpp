@@ -2,8 +2,6 @@
 // Dense matrix product on packed B, the work-horse of the backward passes and of the output layer. A tile of
 // kRows x kCols results stays in registers while a sliver of A (packed on the stack) and a panel of B run
 // past it.
-#include <utility>
-
 #include "ops/kernels/families.h"
 #include "ops/kernels/vec.h"
 
@@ -16,26 +14,6 @@ template <class T>
 constexpr int64_t kCols = 2 * kLanes<T>;
 // Depth of a block: a panel of B, kDepth * kCols, stays in a 32 KiB L1 beside the sliver of A.
 constexpr int64_t kDepth = 256;
-
-/// One step of a transposition: of two rows whose numbers differ by kStep, the lanes that are to be together.
-template <class T, int kStep, int... kLane>
-inline void exchange(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, kLane...>) {
-  constexpr int lanes = kLanes<T>;
-  const Vec<T> low = __builtin_shufflevector(a, b, (kLane & kStep ? lanes + kLane - kStep : kLane)...);
-  b = __builtin_shufflevector(a, b, (kLane & kStep ? lanes + kLane : kLane + kStep)...);
-  a = low;
-}
-
-/// kLanes rows of kLanes values, in registers.
-template <class T, int kStep = kLanes<T> / 2>
-inline void transpose(Vec<T>* v) {
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes<T>; ++i) {
-    if (i & kStep) continue;
-    exchange<T, kStep>(v[i], v[i + kStep], std::make_integer_sequence<int, kLanes<T>>());
-  }
-  if constexpr (kStep > 1) transpose<T, kStep / 2>(v);
-}
 
 /// The first columns of a panel from b(p, c) = b[p + c * col_stride], as many as make whole vectors. Returns
 /// their number.

@@ -2,6 +2,7 @@
 // Matrix product of bfloat16 operands with float32 sums, for levels that multiply them in pairs (vdpbf16ps),
 // at twice the rate of float32. Elsewhere the table has no such product. The two neighbours along the depth
 // that make a pair lie in one 32-bit lane; an odd last one is paired with zero.
+#include "ops/kernels/amx.h"
 #include "ops/kernels/dot_tile.h"
 #include "ops/kernels/families.h"
 #include "ops/kernels/vec.h"
@@ -61,23 +62,6 @@ void pack_rows(int64_t rows, int64_t k, const float* x, int64_t x_row, int32_t* 
   }
 }
 
-/// One round of transposing a square: swaps the blocks of kStep x kStep beside the diagonal with each other.
-template <int64_t kStep>
-inline void swap_blocks(Vec<int32_t> (&square)[kPanel]) {
-  Vec<int32_t> upper, lower;  // of two rows: lanes of the first, kPanel + lanes of the second
-  for (int32_t i = 0; i < kPanel; ++i) {
-    upper[i] = i & kStep ? static_cast<int32_t>(kPanel - kStep) + i : i;
-    lower[i] = i & kStep ? static_cast<int32_t>(kPanel) + i : i + static_cast<int32_t>(kStep);
-  }
-#pragma GCC unroll 16
-  for (int64_t i = 0; i < kPanel; ++i) {
-    if (i & kStep) continue;
-    const __m512i a = (__m512i)square[i], b = (__m512i)square[i + kStep];
-    square[i] = (Vec<int32_t>)_mm512_permutex2var_epi32(a, (__m512i)upper, b);
-    square[i + kStep] = (Vec<int32_t>)_mm512_permutex2var_epi32(a, (__m512i)lower, b);
-  }
-}
-
 void pack_columns(int64_t depth, int64_t n, const float* b, int64_t b_column, int32_t* packed) {
   constexpr int64_t kValues = 2 * kPanel;
   const int64_t pairs = (depth + 1) / 2;
@@ -88,10 +72,7 @@ void pack_columns(int64_t depth, int64_t n, const float* b, int64_t b_column, in
       for (int64_t i = 0; i < kPanel; ++i) {
         square[i] = j + i < n ? neighbours(b + (j + i) * b_column + p, depth - p) : Vec<int32_t>{};
       }
-      swap_blocks<8>(square);
-      swap_blocks<4>(square);
-      swap_blocks<2>(square);
-      swap_blocks<1>(square);
+      transpose<int32_t>(square);
       const int64_t count = min_of(kPanel, pairs - p / 2);
       for (int64_t i = 0; i < count; ++i) store(packed + (p / 2 + i) * kPanel, square[i]);
     }
@@ -135,6 +116,36 @@ void zip(int64_t pairs, int64_t n, const Source* first, const Source* second, in
   }
 }
 
+/// Row r's up to kPanel columns from column on: c = (c +) alpha * sum.
+inline void store_product(float* c, Vec<float> sum, float alpha, int64_t n, bool add) {
+  const Vec<float> before = add ? load_up_to(c, n) : Vec<float>{};
+  store_up_to<float>(c, before + alpha * sum, n);
+}
+
+#if defined(__AMX_TILE__)
+void gemm(int64_t m, int64_t n, int64_t depth, PairRows a, const int32_t* packed, float alpha, float* c,
+          int64_t c_row, bool accumulate) {
+  const int64_t pairs = (depth + 1) / 2;
+  for_tile_blocks<Bfloat16Pairs>(
+      m, (n + kPanel - 1) / kPanel, pairs,
+      [&](int64_t i, int64_t rows, int64_t p, int64_t count, int32_t* to, int64_t to_row) {
+        for (int64_t r = 0; r < rows; r += kTile) {
+          pack_tiles(a.first + (i + r) / kPanel * a.strip + p * a.column, a.row, a.column,
+                     min_of(kTile, rows - r), count, to + r * to_row, to_row);
+        }
+      },
+      packed, pairs,
+      [&](int64_t i, int64_t panel, int64_t rows, int64_t panels, const int32_t* sums) {
+        for (int64_t r = 0; r < rows; ++r) {
+          for (int64_t v = 0; v < panels; ++v) {
+            const int64_t column = (panel + v) * kPanel;
+            store_product(c + (i + r) * c_row + column, (Vec<float>)load(sums + r * kBlock + v * kTile),
+                          alpha, n - column, accumulate);
+          }
+        }
+      });
+}
+#else
 void gemm(int64_t m, int64_t n, int64_t depth, PairRows a, const int32_t* packed, float alpha, float* c,
           int64_t c_row, bool accumulate) {
   const int64_t pairs = (depth + 1) / 2;
@@ -155,14 +166,13 @@ void gemm(int64_t m, int64_t n, int64_t depth, PairRows a, const int32_t* packed
 #pragma GCC unroll 4
             for (int64_t v = 0; v < panels; ++v) {
               const int64_t column = (panel + v) * kPanel;
-              float* to = c + (i + r) * c_row + column;
-              const Vec<float> before = add ? load_up_to(to, n - column) : Vec<float>{};
-              store_up_to<float>(to, before + alpha * sum[r][v], n - column);
+              store_product(c + (i + r) * c_row + column, sum[r][v], alpha, n - column, add);
             }
           }
         });
   }
 }
+#endif
 
 }  // namespace
 #endif

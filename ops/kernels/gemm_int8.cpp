@@ -2,6 +2,7 @@
 // C = diag(scale) Aᵀ·B of int8 operands with int32 sums, for levels with dot4: the weight's gradient, where A
 // is the output's gradient, quantized here column by column, and B the int8 rows of the forward pass. Four
 // neighbours along the depth make a group, a 32-bit lane.
+#include "ops/kernels/amx.h"
 #include "ops/kernels/dot4.h"
 #include "ops/kernels/dot_tile.h"
 #include "ops/kernels/families.h"
@@ -87,6 +88,37 @@ void quantize_columns(int64_t depth, int64_t m, const float* a, int64_t a_row, c
   }
 }
 
+/// c = (c +) scale * sum, of up to kPanel columns.
+inline void store_product(float* c, Vec<int32_t> sum, float scale, int64_t n, bool add) {
+  const Vec<float> before = add ? load_up_to(c, n) : Vec<float>{};
+  store_up_to<float>(c, before + __builtin_convertvector(sum, Vec<float>) * scale, n);
+}
+
+#if defined(__AMX_TILE__)
+void gemm(int64_t m, int64_t n, int64_t depth, const int32_t* strips, const float* scale,
+          const int32_t* packed, float* c, int64_t c_row, bool accumulate) {
+  const int64_t groups = groups_of(depth), panel_size = groups + 1;
+  for_tile_blocks<UnsignedTimesSigned>(
+      m, (n + kPanel - 1) / kPanel, groups,
+      [&](int64_t i, int64_t rows, int64_t p, int64_t count, int32_t* to, int64_t to_row) {
+        for (int64_t r = 0; r < rows; r += kTile) {
+          pack_tiles(strips + (i + r) * groups + p * kPanel, /*row=*/1, /*column=*/kPanel,
+                     min_of(kTile, rows - r), count, to + r * to_row, to_row);
+        }
+      },
+      packed + kPanel, panel_size,
+      [&](int64_t i, int64_t panel, int64_t rows, int64_t panels, const int32_t* sums) {
+        for (int64_t v = 0; v < panels; ++v) {
+          const int64_t column = (panel + v) * kPanel;
+          const Vec<int32_t> bias = load(packed + (panel + v) * panel_size * kPanel);
+          for (int64_t r = 0; r < rows; ++r) {
+            store_product(c + (i + r) * c_row + column, bias + load(sums + r * kBlock + v * kTile),
+                          scale[i + r], n - column, accumulate);
+          }
+        }
+      });
+}
+#else
 void gemm(int64_t m, int64_t n, int64_t depth, const int32_t* strips, const float* scale,
           const int32_t* packed, float* c, int64_t c_row, bool accumulate) {
   const int64_t groups = groups_of(depth), panel_size = groups + 1;
@@ -106,14 +138,12 @@ void gemm(int64_t m, int64_t n, int64_t depth, const int32_t* strips, const floa
 #pragma GCC unroll 4
           for (int64_t v = 0; v < panels; ++v) {
             const int64_t column = (panel + v) * kPanel;
-            float* to = c + (i + r) * c_row + column;
-            const Vec<float> before = accumulate ? load_up_to(to, n - column) : Vec<float>{};
-            const Vec<float> product = __builtin_convertvector(sum[r][v], Vec<float>) * scale[i + r];
-            store_up_to<float>(to, before + product, n - column);
+            store_product(c + (i + r) * c_row + column, sum[r][v], scale[i + r], n - column, accumulate);
           }
         }
       });
 }
+#endif
 
 }  // namespace
 

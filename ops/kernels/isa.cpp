@@ -8,6 +8,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #elif defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #elif defined(__aarch64__) && defined(__APPLE__)
@@ -27,6 +31,7 @@ FLASHLM_DECLARE_LEVEL(avx2)
 FLASHLM_DECLARE_LEVEL(avxvnni)
 FLASHLM_DECLARE_LEVEL(avx512)
 FLASHLM_DECLARE_LEVEL(avx512bf16)
+FLASHLM_DECLARE_LEVEL(amx)
 #elif defined(__aarch64__)
 FLASHLM_DECLARE_LEVEL(neon)
 #endif
@@ -50,6 +55,20 @@ bool has_avx512() {
 }
 
 bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+
+// Tiles of bytes and of bfloat16: CPUID leaf 7, EDX bits 24, 25 and 22. Linux, from 5.16 on, wants a process
+// to ask before it uses them.
+bool has_amx() {
+#if defined(__linux__)
+  constexpr unsigned kTileBits = 1u << 22 | 1u << 24 | 1u << 25;
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return has_avx512bf16() && __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & kTileBits) == kTileBits &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 #elif defined(__aarch64__)
 // The dot product; every CPU that has it has the rest of ARMv8.2.
 bool has_neon() {
@@ -74,6 +93,7 @@ const Level kLevels[] = {
     FLASHLM_LEVEL(avxvnni, has_avxvnni),
     FLASHLM_LEVEL(avx512, has_avx512),
     FLASHLM_LEVEL(avx512bf16, has_avx512bf16),
+    FLASHLM_LEVEL(amx, has_amx),
 #elif defined(__aarch64__)
     FLASHLM_LEVEL(neon, has_neon),
 #endif

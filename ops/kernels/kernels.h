@@ -312,7 +312,7 @@ template <class T>
 const Table<T>& table();
 
 /// Every level compiled in, lowest first, for tests and for messages: "baseline", then on x86-64 "avx2",
-/// "avxvnni", "avx512" (with VNNI), "avx512bf16", and on 64-bit ARM "neon" (with dot products).
+/// "avxvnni", "avx512" (with VNNI), "avx512bf16", "amx", and on 64-bit ARM "neon" (with dot products).
 struct Level {
   const char* name;
   bool (*supported)();

@@ -9,6 +9,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include <utility>
+
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -267,6 +269,26 @@ inline Vec<float> vec_min<float>(Vec<float> a, Vec<float> b) {
       _mm256_min_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
 }
 #endif
+
+/// One step of a transposition: of two rows whose numbers differ by kStep, the lanes that are to be together.
+template <class T, int kStep, int... kLane>
+inline void exchange(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, kLane...>) {
+  constexpr int lanes = kLanes<T>;
+  const Vec<T> low = __builtin_shufflevector(a, b, (kLane & kStep ? lanes + kLane - kStep : kLane)...);
+  b = __builtin_shufflevector(a, b, (kLane & kStep ? lanes + kLane : kLane + kStep)...);
+  a = low;
+}
+
+/// Transposes kLanes rows of kLanes values, in registers.
+template <class T, int kStep = kLanes<T> / 2>
+inline void transpose(Vec<T>* v) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes<T>; ++i) {
+    if (i & kStep) continue;
+    exchange<T, kStep>(v[i], v[i + kStep], std::make_integer_sequence<int, kLanes<T>>());
+  }
+  if constexpr (kStep > 1) transpose<T, kStep / 2>(v);
+}
 
 inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 

@@ -73,6 +73,8 @@ TEST_CASE("ternary_gemm equals the triple loop at every size around its tile", "
         }
       }
     }
+    const int64_t m = 49, n = 18 * panel + 3, k = 1029;  // some blocks of everything
+    require_product(t, m, n, k, integers(m * k, -128, 127, 1), integers(n * k, -1, 1, 2));
   });
 }
 

@@ -19,7 +19,7 @@ namespace {
 
 /// in, out: below, at and above the widths of vectors, panels and tiles.
 constexpr int64_t kChannels[][2] = {{1, 1},  {1, 2},   {3, 3},   {16, 32}, {16, 16}, {32, 16},
-                                    {5, 33}, {24, 48}, {13, 65}, {40, 20}, {8, 8}};
+                                    {5, 33}, {24, 48}, {13, 65}, {40, 20}, {8, 8},   {96, 17}};
 constexpr int64_t kTaps[][2] = {{1, 1}, {4, 1}, {3, 4}, {2, 64}};  // and their dilation
 
 /// Calls body(conv, rows) over the sizes around the tiles of channels and time.

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The int8 product of two matrices on plain arrays, on the levels that have it: exact integers times a scale,
 // compared bit for bit with the plain loops.
+#include <array>
 #include <catch2/catch.hpp>
 #include <cmath>
 #include <limits>
@@ -33,34 +34,36 @@ TEST_CASE("gemm_int8 equals the triple loop at every size around its tile", "[ge
     std::mt19937 generator(7);
     const auto integer = [&] { return static_cast<int>(generator() % 255) - 127; };
     const int64_t panel = t.int8_panel;
+    std::vector<std::array<int64_t, 3>> sizes = {{49, 18 * panel + 3, 1029}};  // some blocks of everything
     for (int64_t m : {int64_t{0}, int64_t{1}, int64_t{3}, int64_t{8}, panel + 1, 9 * panel + 5}) {
       for (int64_t n : {int64_t{0}, int64_t{1}, panel, 2 * panel + 3, 3 * panel, 4 * panel + 1}) {
-        for (int64_t depth : {0, 1, 3, 4, 5, 33, 256}) {
-          std::vector<float> a(depth * m + 1), factor(depth);
-          std::vector<int8_t> b(depth * n + 1);
-          for (int8_t& x : b) x = static_cast<int8_t>(static_cast<int>(generator() % 256) - 128);
-          // Integers times powers of two, with a largest of 127 in each column: the scale is 1, nothing
-          // rounds.
-          for (int64_t p = 0; p < depth; ++p) {
-            factor[p] = p % 2 ? 0.5f : 2.0f;
-            for (int64_t i = 0; i < m; ++i) {
-              a[1 + p * m + i] = static_cast<float>(p == i % depth ? 127 : integer()) / factor[p];
-            }
-          }
-          std::vector<float> c(m * (n + 3) + 1, 0.5f), want = c, want_added = c;
-          for (int64_t i = 0; i < m; ++i) {
-            for (int64_t j = 0; j < n; ++j) {
-              float sum = 0;
-              for (int64_t p = 0; p < depth; ++p) sum += a[1 + p * m + i] * factor[p] * b[1 + p * n + j];
-              want[1 + i * (n + 3) + j] = sum;
-              want_added[1 + i * (n + 3) + j] += sum;
-            }
-          }
-          INFO("m " << m << " n " << n << " depth " << depth);
-          REQUIRE(product(t, depth, m, n, a, factor, b, c, false) == want);
-          REQUIRE(product(t, depth, m, n, a, factor, b, c, true) == want_added);
+        for (int64_t depth : {0, 1, 3, 4, 5, 33, 256}) sizes.push_back({m, n, depth});
+      }
+    }
+    for (const auto& [m, n, depth] : sizes) {
+      std::vector<float> a(depth * m + 1), factor(depth);
+      std::vector<int8_t> b(depth * n + 1);
+      for (int8_t& x : b) x = static_cast<int8_t>(static_cast<int>(generator() % 256) - 128);
+      // Integers times powers of two, with a largest of 127 in each column: the scale is 1, nothing
+      // rounds.
+      for (int64_t p = 0; p < depth; ++p) {
+        factor[p] = p % 2 ? 0.5f : 2.0f;
+        for (int64_t i = 0; i < m; ++i) {
+          a[1 + p * m + i] = static_cast<float>(p == i % depth ? 127 : integer()) / factor[p];
         }
       }
+      std::vector<float> c(m * (n + 3) + 1, 0.5f), want = c, want_added = c;
+      for (int64_t i = 0; i < m; ++i) {
+        for (int64_t j = 0; j < n; ++j) {
+          float sum = 0;
+          for (int64_t p = 0; p < depth; ++p) sum += a[1 + p * m + i] * factor[p] * b[1 + p * n + j];
+          want[1 + i * (n + 3) + j] = sum;
+          want_added[1 + i * (n + 3) + j] += sum;
+        }
+      }
+      INFO("m " << m << " n " << n << " depth " << depth);
+      REQUIRE(product(t, depth, m, n, a, factor, b, c, false) == want);
+      REQUIRE(product(t, depth, m, n, a, factor, b, c, true) == want_added);
     }
   });
 }
