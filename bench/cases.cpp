@@ -65,6 +65,12 @@ void add_expressions(Contest& contest, const Tensors& inputs, const Expression& 
       evaluate(contest, "torch bfloat16", map(inputs, to_bfloat16), to_bfloat16(grad_y), torch));
 }
 
+/// The ceiling of products with many rows, by the type of their factors: tiles where the CPU has them.
+const char* tiles_of(const std::string& precision) {
+  if (precision == "int8") return "int8 tiles";
+  return precision == "bfloat16" ? "bfloat16 tiles" : "float32";
+}
+
 Contest products(double macs, Pass pass, const char* peak) {
   Contest contest;
   contest.work = macs;
@@ -127,11 +133,7 @@ Case bit_linear_case(int64_t m, int64_t k, int64_t n, const std::string& activat
   const auto make = [=] {
     const bool forward = pass == Pass::kForward;
     const double macs = static_cast<double>(m * k * n) * (forward ? 1 : 3);
-    const std::string& peak = forward ? activation : gradient;
-    Contest contest = products(macs, pass,
-                               peak == "int8"       ? "int8"
-                               : peak == "bfloat16" ? "bfloat16"
-                                                    : "float32");
+    Contest contest = products(macs, pass, tiles_of(forward ? activation : gradient));
     const at::Tensor x = at::randn({m, k}), weight = at::randn({n, k}),
                      dense = effective_weight(weight, quantizer);
     const at::Tensor grad_y = at::randn({m, n});
@@ -289,7 +291,7 @@ Case gated_conv_case(int64_t batch, int64_t time, int64_t width, int64_t groups,
   const auto make = [=] {
     // Where the passes differ, the backward pass has two thirds of the products.
     Contest contest = products(2 * conv_macs(batch, time, width, groups, pass), pass,
-                               pass == Pass::kForward ? precision : gradient);
+                               tiles_of(pass == Pass::kForward ? precision : gradient));
     add_expressions(
         contest,
         {at::randn({batch, time, width}), at::ones({width}), conv_weight(width, groups),
@@ -403,7 +405,7 @@ Case linear_cross_entropy_case(int64_t positions, int64_t width, int64_t vocabul
   const auto make = [=] {
     // Three products: logits, and the gradients of h and of weight. What FlashLM computes twice counts once.
     Contest contest = products(3.0 * static_cast<double>(positions * width * vocabulary),
-                               Pass::kForwardBackward, precision);
+                               Pass::kForwardBackward, tiles_of(precision));
     const at::Tensor target = at::randint(vocabulary, {positions}, at::kLong);
     add_expressions(
         contest, {at::randn({positions, width}), at::randn({vocabulary, width}) * 0.02},
@@ -462,7 +464,8 @@ Case hierarchical_cross_entropy_case(int64_t positions, int64_t width, int64_t v
     const at::Tensor of_class = at::bucketize(target, classes.offsets, false, true) - 1;
     const double rows =
         sizes.index_select(0, of_class).sum().item<double>() + static_cast<double>(positions * count);
-    Contest contest = products(3 * rows * static_cast<double>(width), Pass::kForwardBackward, precision);
+    Contest contest =
+        products(3 * rows * static_cast<double>(width), Pass::kForwardBackward, tiles_of(precision));
     add_expressions(
         contest,
         {at::randn({positions, width}), at::randn({count, width}) * 0.02,

@@ -55,9 +55,9 @@ struct Timing {
 };
 
 /// Wall times. Samples are interleaved (A, B, C, A, B, C, ...), so that a change of clock or load meets all
-/// contestants alike, and last a millisecond or one call, whichever is longer. They go on for about
-/// `seconds`, but for three rounds at least; with 0 there is one round of single calls. Throws if results
-/// disagree.
+/// contestants alike, and last a millisecond or one call, whichever is longer, after one call that is not
+/// counted, so that none pays for the caches that another has filled. They go on for about `seconds`, but for
+/// three rounds at least; with 0 there is one round of single calls. Throws if results disagree.
 std::vector<Timing> measure(const Contest& contest, double seconds);
 
 }  // namespace flashlm::bench

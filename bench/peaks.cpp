@@ -151,8 +151,8 @@ const std::vector<Instruction> kInstructions = {
     {"float32", "vfmadd231ps zmm", "avx512", 16, fma_zmm},
     {"int8", "vpdpbusd zmm", "avx512", 64, dpbusd_zmm},
     {"bfloat16", "vdpbf16ps zmm", "avx512bf16", 32, dpbf16_zmm},
-    {"int8", "tdpbusd tmm", "amx", 16 * 16 * 64, dpbusd_tmm},
-    {"bfloat16", "tdpbf16ps tmm", "amx", 16 * 16 * 32, dpbf16_tmm},
+    {"int8 tiles", "tdpbusd tmm", "amx", 16 * 16 * 64, dpbusd_tmm},
+    {"bfloat16 tiles", "tdpbf16ps tmm", "amx", 16 * 16 * 32, dpbf16_tmm},
 };
 
 #else
@@ -287,8 +287,11 @@ const Peak* compute_peak(const std::vector<Peak>& peaks, const std::string& kind
   for (const Peak& peak : peaks) {
     if (peak.kind == kind && rank(peak.level) <= rank(level)) best = &peak;
   }
-  if (best == nullptr && kind == "bfloat16") return compute_peak(peaks, "float32", level);
-  return best;
+  if (best != nullptr) return best;
+  if (kind == "int8 tiles") return compute_peak(peaks, "int8", level);
+  if (kind == "bfloat16 tiles") return compute_peak(peaks, "bfloat16", level);
+  if (kind == "bfloat16") return compute_peak(peaks, "float32", level);
+  return nullptr;
 }
 
 const Peak* read_peak(const std::vector<Peak>& peaks, double bytes) {

@@ -11,7 +11,7 @@ namespace flashlm::bench {
 
 /// One ceiling, for `threads` threads together.
 struct Peak {
-  std::string kind;   // "float32", "bfloat16", "int8": the type of the factors; or "read"
+  std::string kind;   // "float32", "bfloat16", "int8" (factors), AMX's with " tiles"; or "read"
   std::string name;   // the instruction, or the level of memory
   std::string level;  // the lowest kernel level that has the instruction; empty for "read"
   std::string unit;   // "GMAC/s" or "GB/s"
@@ -24,7 +24,7 @@ struct Peak {
 std::vector<Peak> measure_peaks(int threads, double seconds);
 
 /// The ceiling of a kernel level for a kind of product: its own instruction or that of the nearest lower
-/// level, bfloat16 becoming float32 where there is none. Null if nothing was measured.
+/// level; where there is none, tiles become vectors, and bfloat16 float32. Null if nothing was measured.
 const Peak* compute_peak(const std::vector<Peak>& peaks, const std::string& kind, const std::string& level);
 
 /// The memory that serves a working set of so many bytes. Null if nothing was measured.

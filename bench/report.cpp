@@ -174,14 +174,15 @@ std::string to_markdown(const Report& report) {
   if (!machine.commit.empty()) text << " FlashLM " << machine.commit << ".";
   text << "\n\n```\n";
   for (const auto& [name, value] : machine.environment) text << name << "=" << value << " ";
-  text << machine.command << "\n```\n\n"
-       << "Times are minima of wall time over samples of at least a millisecond, FlashLM and its peers in "
-          "turn. \"over "
-          "PEER\": how many\ntimes as fast as the peer FlashLM is; in brackets the peer's own rate. \"of "
-          "peak\": FlashLM's "
-          "rate over that of the instruction or\nthe memory named, measured in the same run; the memory is "
-          "the nearest "
-          "that holds what the operator touches.\n";
+  text
+      << machine.command << "\n```\n\n"
+      << "Times are minima of wall time over samples of at least a millisecond, each after a call that is "
+         "not "
+         "counted, FlashLM and\nits peers in turn. \"over PEER\": how many times as fast as the peer FlashLM "
+         "is; in brackets the peer's own rate. \"of peak\":\nFlashLM's rate over that of the instruction or "
+         "the memory named, measured in the same run; the memory is the nearest that\nholds what the "
+         "operator "
+         "touches.\n";
   if (report.seconds == 0)
     text << "\n**One call of everything (--seconds 0): this shows that it works, and measures nothing.**\n";
   text << "\n## What the machine can do\n\n" << peaks_table(report);
