@@ -545,19 +545,20 @@ at::Tensor eager_newton_schulz(const at::Tensor& g) {
   return tall ? x.t() : x;
 }
 
-Case newton_schulz_case(int64_t m, int64_t n) {
+Case newton_schulz_case(int64_t m, int64_t n, const char* precision) {
   const auto make = [=] {
     const double small = static_cast<double>(std::min(m, n)), large = static_cast<double>(std::max(m, n));
     Contest contest = products(kNewtonSchulzSteps * (2 * small * small * large + small * small * small),
-                               Pass::kForward, "float32");
+                               Pass::kForward, tiles_of(precision));
+    const bool bfloat16 = std::string_view(precision) == "bfloat16";
     contest.tolerance = 0.3;  // only directions matter, and the iteration makes much of bfloat16's rounding
     add_expressions(
         contest, {at::randn({m, n})},
-        [](const Tensors& t) { return newton_schulz(t[0], kNewtonSchulzSteps); },
+        [=](const Tensors& t) { return newton_schulz(t[0], kNewtonSchulzSteps, bfloat16); },
         [](const Tensors& t) { return eager_newton_schulz(t[0]); });
     return contest;
   };
-  return {"newton_schulz, 5 steps", by(m, n), make};
+  return {std::string("newton_schulz, 5 steps in ") + precision, by(m, n), make};
 }
 
 Case adamw_case(int64_t rows, int64_t width) {
@@ -646,7 +647,9 @@ std::vector<Case> cases(const Ggml* ggml, int threads) {
     all.push_back(hierarchical_cross_entropy_case(8192, 256, 50257, precision));
   }
   all.push_back(adaptive_cross_entropy_case(8192, 256, {2000, 10000}, 50257));
-  all.push_back(newton_schulz_case(683, 256));
+  for (const char* precision : {"float32", "bfloat16"}) {
+    all.push_back(newton_schulz_case(683, 256, precision));
+  }
   all.push_back(adamw_case(50257, 256));
   return all;
 }
