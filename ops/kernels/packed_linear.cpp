@@ -38,20 +38,24 @@ inline int64_t lines_of(int64_t k) { return (k + kGroup - 1) / kGroup; }
 // Part is what products are added into before they are widened to int32. kShift[j] is where field j then
 // stands in its byte: lower costs a shift for each line, higher makes larger products. kWidenEvery lines are
 // added into a part: a lane takes a product (code << kShift) * q for each of its bytes, with q in [-128,
-// 127].
+// 127]. With kWholeByte the top field is not masked out: its part takes whole bytes, and gives up the other
+// fields' parts at the end.
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__) || defined(__ARM_FEATURE_DOTPROD)
 using Part = Vec<int32_t>;
 #if defined(__ARM_FEATURE_DOTPROD)
 constexpr int kShift[kFields] = {0, 2, 4, 0};  // sdot is signed: in place, the top field would be negative
+constexpr bool kWholeByte = false;
 #else
 constexpr int kShift[kFields] = {0, 2, 4, 6};
+constexpr bool kWholeByte = true;
 #endif
-// 65,536 k cannot overflow, even if codes were 3.
+// 65,536 k cannot overflow, even if codes were 3 and a byte were multiplied whole.
 constexpr int64_t kWidenEvery = 16384;
-static_assert(kWidenEvery * 4 * (3 << 6) * 128 <= INT32_MAX);
+static_assert(kWidenEvery * 4 * 255 * 128 <= INT32_MAX);
 #else
 using Part = Vec<int16_t>;
 constexpr int kShift[kFields] = {0, 2, 0, 2};  // one shift for two fields
+constexpr bool kWholeByte = false;
 constexpr int64_t kWidenEvery = 16;
 static_assert(kWidenEvery * 2 * (2 << 2) * 128 <= -INT16_MIN);
 static_assert(kWidenEvery * 2 * (2 << 2) * 127 <= INT16_MAX);
@@ -85,7 +89,9 @@ inline Vec<int32_t> widen(Vec<int16_t> part) {
 }
 
 /// Field j of every byte, at bit kShift[j]. Bits that a shift of the lane moves between bytes are masked off.
+/// With kWholeByte, the top one is the byte.
 inline Vec<int32_t> field(Vec<int32_t> line, int64_t j) {
+  if (kWholeByte && j == kFields - 1) return line;
   return (line >> (2 * static_cast<int>(j) - kShift[j])) & static_cast<int32_t>(0x03030303u << kShift[j]);
 }
 
@@ -135,22 +141,34 @@ struct Operands {
   int64_t y_row;
 };
 
-/// Not inlined: only the last panel has such ends, and every tile would hold their code.
-template <class T>
-__attribute__((noinline)) void store_end(T* y, const T* value, int64_t width) {
-  for (int64_t i = 0; i < width; ++i) y[i] = value[i];
-}
-
 template <class T>
 inline void store_scaled(T* y, Vec<int32_t> sum, T factor, int64_t width) {
   typedef T Values __attribute__((vector_size(kSliceOutputs * sizeof(T))));
   const Values value = __builtin_convertvector(sum, Values) * factor;
-  if (width >= kSliceOutputs) {
-    memcpy(y, &value, sizeof value);
-  } else {
-    T end[kSliceOutputs];
-    memcpy(end, &value, sizeof value);
-    store_end(y, end, width);
+  if constexpr (sizeof value == kVectorBytes) {
+    store_up_to(y, value, width);
+  } else if (width > 0) {
+    memcpy(y, &value, static_cast<size_t>(min_of(width, kSliceOutputs)) * sizeof(T));
+  }
+}
+
+/// The first output of field j of a slice, which is counted through all panels.
+inline int64_t first_output(int64_t slice, int64_t j) {
+  return slice / kSlices * kLine + j * kFieldOutputs + slice % kSlices * kSliceOutputs;
+}
+
+/// The results of a tile that reaches beyond the last output.
+template <class T>
+__attribute__((noinline)) void store_end(const Operands<T>& o, int64_t first, int64_t rows, int64_t slices,
+                                         const Vec<int32_t>* sum) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const T factor = o.gamma * o.inverse_scale[r];
+    for (int64_t s = 0; s < slices; ++s) {
+      for (int64_t j = 0; j < kFields; ++j, ++sum) {
+        const int64_t output = first_output(first + s, j);
+        store_scaled(o.y + r * o.y_row + output, *sum, factor, o.n - output);
+      }
+    }
   }
 }
 
@@ -163,16 +181,7 @@ __attribute__((noinline)) void tile(const Operands<T>& o, int64_t first) {
     from[s] = o.packed + (first + s) / kSlices * o.lines * kLine + (first + s) % kSlices * kVectorBytes;
   }
   Vec<int32_t> sum[rows][slices][kFields];
-#pragma GCC unroll 8
-  for (int64_t r = 0; r < rows; ++r) {
-#pragma GCC unroll 8
-    for (int64_t i = 0; i < slices * kFields; ++i)
-      sum[r][i / kFields][i % kFields] = broadcast(-o.row_sum[r]);
-  }
-  // Begun at minus the row sum, a sum is after any line the products Q q so far less the q still to come:
-  // within 128 k, which is below 2^31 for k < 2^24.
-  for (int64_t begin = 0; begin < o.lines; begin += kWidenEvery) {
-    const int64_t end = min_of(o.lines, begin + kWidenEvery);
+  const auto add_lines = [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
     Part part[rows][slices][kFields] = {};
     for (int64_t l = begin; l < end; ++l) {
 #pragma GCC unroll 8
@@ -195,10 +204,30 @@ __attribute__((noinline)) void tile(const Operands<T>& o, int64_t first) {
     for (int64_t r = 0; r < rows; ++r) {
 #pragma GCC unroll 8
       for (int64_t s = 0; s < slices; ++s) {
+        if constexpr (kWholeByte) part[r][s][3] -= part[r][s][0] + part[r][s][1] + part[r][s][2];
 #pragma GCC unroll 8
-        for (int64_t j = 0; j < kFields; ++j) sum[r][s][j] += widen(part[r][s][j]) >> kShift[j];
+        for (int64_t j = 0; j < kFields; ++j) {
+          // Begun at minus the row sum, a sum is after any line the products Q q so far less the q still to
+          // come: within 128 k, which is below 2^31 for k < 2^24.
+          const Vec<int32_t> before = begin == 0 ? broadcast(-o.row_sum[r]) : sum[r][s][j];
+          sum[r][s][j] = before + (widen(part[r][s][j]) >> kShift[j]);
+        }
       }
     }
+  };
+  // Apart from the rest, as it is most often all: sums then need no registers beside the parts.
+  add_lines(0, min_of(o.lines, kWidenEvery));
+  for (int64_t begin = kWidenEvery; begin < o.lines; begin += kWidenEvery) {
+    add_lines(begin, min_of(o.lines, begin + kWidenEvery));
+  }
+  if (first_output(first + slices - 1, kFields - 1) + kSliceOutputs > o.n) {
+    // A call that sums outlive would have the compiler keep them in memory, whichever way is taken.
+    Vec<int32_t> end[rows * slices * kFields];
+#pragma GCC unroll 32
+    for (int64_t i = 0; i < rows * slices * kFields; ++i) {
+      end[i] = sum[i / (slices * kFields)][i / kFields % slices][i % kFields];
+    }
+    return store_end(o, first, rows, slices, end);
   }
 #pragma GCC unroll 8
   for (int64_t r = 0; r < rows; ++r) {
@@ -207,9 +236,7 @@ __attribute__((noinline)) void tile(const Operands<T>& o, int64_t first) {
     for (int64_t s = 0; s < slices; ++s) {
 #pragma GCC unroll 8
       for (int64_t j = 0; j < kFields; ++j) {
-        const int64_t output =
-            (first + s) / kSlices * kLine + j * kFieldOutputs + (first + s) % kSlices * kSliceOutputs;
-        store_scaled(o.y + r * o.y_row + output, sum[r][s][j], factor, o.n - output);
+        store_scaled(o.y + r * o.y_row + first_output(first + s, j), sum[r][s][j], factor, kSliceOutputs);
       }
     }
   }
