@@ -15,47 +15,51 @@ namespace {
 
 constexpr int64_t kGroup = 4;   // weights that one sum stands for; with 3, tables are cheap but sums many
 constexpr int64_t kSums = 41;   // in a table: the empty sum, and one of each of 40 opposite pairs
-constexpr int64_t kTables = 6;  // in use at once: 6 * 41 lines are numbered in a byte, and 15 KiB
+constexpr int64_t kTables = 8;  // in use at once: 328 lines of 64 bytes fill two thirds of 32 KiB
 constexpr int64_t kDepth = kTables * kGroup;  // weights of an output in one pass
-constexpr int64_t kUnroll = 2;                // outputs at a time
 constexpr int64_t kBlock = 2048;              // outputs whose partial results stay in the second-level cache
-static_assert(kTables * kSums <= 256);
 
 inline int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
 // ---- layout of packed codes ----
 //
 // The same on every level. Outputs are cut into blocks of equal width, the last one less; a block has its
-// passes over k in order. A pass is a list of one record per output, sorted by `added`:
-//   bits 8 i .. 8 i + 7, i < added             number of a line (a sum) to be added
-//   bits 8 i .. 8 i + 7, added <= i < kTables  number of a line to be subtracted
-//   bits 48 .. 63                              the output, counted from the block's first
-// preceded by the length of each of the kTables + 1 parts of the list. A part is filled up to a multiple of
-// kUnroll with records of empty sums for an output that does not exist, the one past the block's last.
+// passes over k in order. A pass is a list of one record per output, sorted by `added`, the number of sums
+// that are added: they come first in the record, those that are subtracted after them. The list is preceded
+// by the length of each of its kTables + 1 parts.
 
-typedef uint64_t Record;
+constexpr int64_t kWords = 2;  // of a record
+constexpr int64_t kLinesOfWord = kTables / kWords;
+constexpr int64_t kLineBits = 12;  // of a line's number: of one sum in one of the tables
+constexpr int64_t kOutputBit = kLinesOfWord * kLineBits;
+static_assert(kTables * kSums <= 1 << kLineBits && kBlock < 1 << (64 - kOutputBit));
+
+struct Record {
+  uint64_t
+      word[kWords];  // kLinesOfWord numbers from bit 0 on; word 0 then has the output, from the block's first
+};
 constexpr int64_t kParts = kTables + 1;
 
 struct Counts {
-  uint16_t part[8];
+  uint16_t part[kParts];
 };
-static_assert(kParts <= 8);
-constexpr int64_t kCountWords = sizeof(Counts) / sizeof(Record);
+constexpr int64_t kCountBytes = 32;
+static_assert(sizeof(Counts) <= kCountBytes);
 
 struct Layout {
-  int64_t width, blocks, passes, stride;  // stride: of a pass, in words
+  int64_t width, blocks, passes, stride;  // stride: of a pass, in bytes
 
   Layout(int64_t n, int64_t k) {
     blocks = divide_up(n, kBlock);
     width = blocks > 0 ? divide_up(n, blocks) : 0;
     passes = k > 0 ? divide_up(k, kDepth) : 1;  // a sum of nothing is still a result
-    stride = kCountWords + width + kParts * (kUnroll - 1);
+    stride = kCountBytes + width * static_cast<int64_t>(sizeof(Record));
   }
 };
 
 int64_t packed_size(int64_t n, int64_t k) {
   const Layout layout(n, k);
-  return layout.blocks * layout.passes * layout.stride * static_cast<int64_t>(sizeof(Record));
+  return layout.blocks * layout.passes * layout.stride;
 }
 
 /// The first kDepth of k codes as a record, but for the output, and how many of its sums are added.
@@ -66,7 +70,7 @@ inline Record make_record(int64_t k, const int8_t* codes, int64_t col_stride, in
     codes = some;
     col_stride = 1;
   }
-  Record lines = 0;
+  Record record = {};
   int64_t first = 0;
 #pragma GCC unroll 8
   for (int64_t t = 0; t < kTables; ++t, codes += kGroup * col_stride) {
@@ -74,11 +78,12 @@ inline Record make_record(int64_t k, const int8_t* codes, int64_t col_stride, in
         codes[0] + 3 * codes[col_stride] + 9 * codes[2 * col_stride] + 27 * codes[3 * col_stride];
     const int64_t negative = sum >> 63;  // all ones, or zero: a branch on a weight's sign is never predicted
     const int64_t line = t * kSums + ((sum ^ negative) - negative);
-    lines |= static_cast<Record>(line) << 8 * (first + ((kTables - 1 - t) & negative));
+    const int64_t place = first + ((kTables - 1 - t) & negative);
+    record.word[place / kLinesOfWord] |= static_cast<uint64_t>(line) << place % kLinesOfWord * kLineBits;
     first += 1 + negative;
   }
   *added = first;
-  return lines;
+  return record;
 }
 
 void pack(int64_t n, int64_t k, const int8_t* codes, int64_t row_stride, int64_t col_stride,
@@ -88,32 +93,26 @@ void pack(int64_t n, int64_t k, const int8_t* codes, int64_t row_stride, int64_t
   uint8_t added[kBlock];
   for (int64_t j = 0; j < n; j += layout.width) {
     const int64_t width = min_of(layout.width, n - j);
-    for (int64_t pass = 0; pass < layout.passes; ++pass, packed += layout.stride * sizeof(Record)) {
+    for (int64_t pass = 0; pass < layout.passes; ++pass, packed += layout.stride) {
       int64_t length[kParts] = {}, next[kParts];
       for (int64_t i = 0; i < width; ++i) {
         int64_t part;
         records[i] = make_record(k - pass * kDepth, codes + (j + i) * row_stride + pass * kDepth * col_stride,
                                  col_stride, &part);
-        records[i] |= static_cast<Record>(i) << 48;
+        records[i].word[0] |= static_cast<uint64_t>(i) << kOutputBit;
         added[i] = static_cast<uint8_t>(part);
         ++length[part];
       }
       Counts counts = {};
-      uint8_t* list = packed + sizeof counts;
       int64_t total = 0;
       for (int64_t part = 0; part < kParts; ++part) {
+        counts.part[part] = static_cast<uint16_t>(length[part]);
         next[part] = total;
-        const int64_t padded = round_up(length[part], kUnroll);
-        counts.part[part] = static_cast<uint16_t>(padded);
-        for (int64_t i = length[part]; i < padded; ++i) {
-          const Record none = static_cast<Record>(layout.width) << 48;
-          memcpy(list + (total + i) * sizeof none, &none, sizeof none);
-        }
-        total += padded;
+        total += length[part];
       }
       memcpy(packed, &counts, sizeof counts);
       for (int64_t i = 0; i < width; ++i) {
-        memcpy(list + next[added[i]]++ * sizeof(Record), records + i, sizeof(Record));
+        memcpy(packed + kCountBytes + next[added[i]]++ * sizeof(Record), records + i, sizeof(Record));
       }
     }
   }
@@ -255,52 +254,45 @@ inline void build(const Vec<T> x[kGroup], T* table) {
 
 // ---- product ----
 
-/// The number of the line at `bit` of a record, as its distance in bytes: lines are as long as a vector. A
-/// rotation and a mask, as `by` is never 0.
-inline int64_t line_offset(Record record, int64_t bit) {
+/// The number of a record's line i, as its distance in bytes: lines are as long as a vector. A rotation and a
+/// mask, as `by` is never 0.
+inline int64_t line_offset(const Record& record, int64_t i) {
   constexpr int64_t shift = kVectorBytes == 64 ? 6 : kVectorBytes == 32 ? 5 : 4;
-  const int64_t by = (bit - shift) & 63;
-  const Record rotated = record >> by | record << (64 - by);
-  return static_cast<int64_t>(rotated & (0xff << shift));
+  const uint64_t word = record.word[i / kLinesOfWord];
+  const int64_t by = (i % kLinesOfWord * kLineBits - shift) & 63;
+  const uint64_t rotated = word >> by | word << (64 - by);
+  return static_cast<int64_t>(rotated & ((1 << kLineBits) - 1) << shift);
 }
 
-/// The outputs of one part of a pass: the first `added` lines of each are added, the others subtracted.
-template <class T, int64_t added>
+/// The outputs of one part of a pass: the first `added` lines of each are added, the others subtracted. The
+/// first pass begins at nothing.
+template <class T, bool first, int64_t added>
 inline const uint8_t* part(int64_t count, const uint8_t* list, const T* tables, T* partial) {
-  for (const uint8_t* end = list + count * sizeof(Record); list != end; list += kUnroll * sizeof(Record)) {
-    Record record[kUnroll];
-    T* output[kUnroll];
-    Vec<T> sum[kUnroll];
-#pragma GCC unroll 4
-    for (int64_t u = 0; u < kUnroll; ++u) {
-      memcpy(record + u, list + u * sizeof(Record), sizeof(Record));
-      output[u] = partial + static_cast<int64_t>(record[u] >> 48) * kLanes<T>;
-      sum[u] = load(output[u]);
-    }
+  for (const uint8_t* end = list + count * sizeof(Record); list != end; list += sizeof(Record)) {
+    Record record;
+    memcpy(&record, list, sizeof record);
+    T* output = partial + static_cast<int64_t>(record.word[0] >> kOutputBit) * kLanes<T>;
+    Vec<T> sum = first ? Vec<T>{} : load(output);
 #pragma GCC unroll 8
     for (int64_t i = 0; i < kTables; ++i) {
-#pragma GCC unroll 4
-      for (int64_t u = 0; u < kUnroll; ++u) {
-        const Vec<T> line = load(reinterpret_cast<const T*>(reinterpret_cast<const uint8_t*>(tables) +
-                                                            line_offset(record[u], 8 * i)));
-        sum[u] = i < added ? sum[u] + line : sum[u] - line;
-      }
+      const Vec<T> line =
+          load(reinterpret_cast<const T*>(reinterpret_cast<const uint8_t*>(tables) + line_offset(record, i)));
+      sum = i < added ? sum + line : sum - line;
     }
-#pragma GCC unroll 4
-    for (int64_t u = 0; u < kUnroll; ++u) store(output[u], sum[u]);
+    store(output, sum);
   }
   return list;
 }
 
-template <class T, int64_t added = 0>
+template <class T, bool first, int64_t added = 0>
 inline void all_parts(const Counts& counts, const uint8_t* list, const T* tables, T* partial) {
-  list = part<T, added>(counts.part[added], list, tables, partial);
-  if constexpr (added < kTables) all_parts<T, added + 1>(counts, list, tables, partial);
+  list = part<T, first, added>(counts.part[added], list, tables, partial);
+  if constexpr (added < kTables) all_parts<T, first, added + 1>(counts, list, tables, partial);
 }
 
 template <class T>
 int64_t workspace_size(int64_t n, int64_t k) {
-  const int64_t lines = kTables * kSums + Layout(n, k).width + 1;
+  const int64_t lines = kTables * kSums + Layout(n, k).width;
   return (lines + 1) * kVectorBytes;  // one more to align the lines
 }
 
@@ -317,8 +309,7 @@ void gemm(int64_t m, int64_t n, int64_t k, const T* x, int64_t x_row, const uint
     const int64_t rows = min_of(lanes, m);
     const uint8_t* pass = packed;
     for (int64_t j = 0; j < n; j += layout.width) {
-      memset(partial, 0, static_cast<size_t>((layout.width + 1) * kVectorBytes));
-      for (int64_t p = 0; p < layout.passes * kDepth; p += kDepth, pass += layout.stride * sizeof(Record)) {
+      for (int64_t p = 0; p < layout.passes * kDepth; p += kDepth, pass += layout.stride) {
         for (int64_t t = 0; t < kTables && p + t * kGroup < k; ++t) {
           Vec<T> columns[kGroup];
           load_columns(rows, k - p - t * kGroup, x + p + t * kGroup, x_row, columns);
@@ -328,7 +319,11 @@ void gemm(int64_t m, int64_t n, int64_t k, const T* x, int64_t x_row, const uint
         for (int64_t i = 0; i < rows; ++i) __builtin_prefetch(x + i * x_row + p + kDepth + kDepth / 2);
         Counts counts;
         memcpy(&counts, pass, sizeof counts);
-        all_parts(counts, pass + sizeof counts, tables, partial);
+        if (p == 0) {
+          all_parts<T, true>(counts, pass + kCountBytes, tables, partial);
+        } else {
+          all_parts<T, false>(counts, pass + kCountBytes, tables, partial);
+        }
       }
       const int64_t width = min_of(layout.width, n - j);
       for (int64_t c = 0; c < width; c += kGroup) {
