@@ -174,17 +174,63 @@ template <class T>
 T abs_max(int64_t n, const T* x) {
   using Bits = typename BitsOf<T>::type;
   const Bits magnitude = static_cast<Bits>(~(uint64_t{1} << (8 * sizeof(T) - 1)));
-  Vec<Bits> most = {};
+  constexpr int64_t kChains = 4;
+  Vec<Bits> most[kChains] = {};
   int64_t i = 0;
-  for (; i + kLanes<T> <= n; i += kLanes<T>) {
-    most = vec_max<Bits>(most, (Vec<Bits>)load(x + i) & magnitude);
+  for (; i + kChains * kLanes<T> <= n; i += kChains * kLanes<T>) {
+#pragma GCC unroll 4
+    for (int64_t c = 0; c < kChains; ++c) {
+      most[c] = vec_max<Bits>(most[c], (Vec<Bits>)load(x + i + c * kLanes<T>) & magnitude);
+    }
   }
-  most = vec_max<Bits>(most, (Vec<Bits>)load_first(x + i, n - i) & magnitude);
-  const Bits bits = reduce_max<Bits>(most);
+  for (; i < n; i += kLanes<T>)
+    most[0] = vec_max<Bits>(most[0], (Vec<Bits>)load_up_to(x + i, n - i) & magnitude);
+  const Bits bits =
+      reduce_max<Bits>(vec_max<Bits>(vec_max<Bits>(most[0], most[1]), vec_max<Bits>(most[2], most[3])));
   T value;
   memcpy(&value, &bits, sizeof value);
   return value;
 }
+
+/// q = round(x * scale), ties to even, with zeros up to a multiple of kGroup; returns their sum.
+template <class T>
+int32_t quantize_row(int64_t k, const T* x, T scale, int8_t* q) {
+  int32_t sum = 0;
+  for (int64_t i = 0; i < k; ++i) {
+    const int32_t value = round_to_even(x[i] * scale);
+    q[i] = static_cast<int8_t>(value);
+    sum += value;
+  }
+  for (int64_t i = k; i < round_up(k, kGroup); ++i) q[i] = 0;
+  return sum;
+}
+
+#if defined(__AVX512VNNI__)
+template <>
+int32_t quantize_row<float>(int64_t k, const float* x, float scale, int8_t* q) {
+  constexpr int64_t lanes = kLanes<float>, bytes = 4 * lanes;
+  const __m512i in_order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  Vec<int32_t> sum = {};
+  for (int64_t i = 0; i < k; i += bytes) {
+    __m512i v[4];
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < 4; ++j) {
+      const Vec<float> scaled = load_up_to(x + i + j * lanes, k - i - j * lanes) * scale;
+      v[j] = _mm512_maskz_cvtps_epi32(0xffff, (__m512)scaled);
+    }
+    const __m512i packed = _mm512_packs_epi16(_mm512_packs_epi32(v[0], v[1]), _mm512_packs_epi32(v[2], v[3]));
+    const __m512i four = _mm512_maskz_permutexvar_epi32(0xffff, in_order, packed);
+    sum = dot4(sum, broadcast<int32_t>(0x01010101), (Vec<int32_t>)four);
+    const int64_t left = round_up(k, kGroup) - i;
+    if (left >= bytes) {
+      memcpy(q + i, &four, sizeof four);
+    } else {
+      _mm512_mask_storeu_epi32(q + i, lanes_up_to(left / kGroup), four);
+    }
+  }
+  return reduce_add<int32_t>(sum);
+}
+#endif
 
 template <class T>
 void quantize_rows(int64_t rows, int64_t k, const T* x, T smallest, int8_t* q, T* inverse_scale,
@@ -195,20 +241,14 @@ void quantize_rows(int64_t rows, int64_t k, const T* x, T smallest, int8_t* q, T
     int32_t sum = 0;
     if (__builtin_isfinite(largest)) {
       const T top = largest > smallest ? largest : smallest;
-      const T scale = T(127) / top;
       // |x| <= top, so the product rounds into [-127, 127] and needs no clipping.
-      for (int64_t i = 0; i < k; ++i) {
-        const int32_t value = round_to_even(x[i] * scale);
-        q[i] = static_cast<int8_t>(value);
-        sum += value;
-      }
+      sum = quantize_row(k, x, T(127) / top, q);
       inverse_scale[r] = top / T(127);
     } else {
       // An infinity or a NaN makes the row NaN, as it does in floating point; it must not be hidden.
-      memset(q, 0, static_cast<size_t>(k));
+      memset(q, 0, static_cast<size_t>(padded));
       inverse_scale[r] = static_cast<T>(__builtin_nan(""));
     }
-    for (int64_t i = k; i < padded; ++i) q[i] = 0;
     row_sum[r] = sum;
   }
 }
@@ -240,10 +280,22 @@ template <class T>
 inline void store_scaled(T* y, Vec<int32_t> sum, T factor, int64_t width) {
   typedef T Values __attribute__((vector_size(kOutputs * sizeof(T))));
   const Values value = __builtin_convertvector(sum, Values) * factor;
-  if (width >= kOutputs) {
-    memcpy(y, &value, sizeof value);
+  if constexpr (sizeof value == kVectorBytes) {
+    store_up_to(y, value, width);
   } else {
-    memcpy(y, &value, static_cast<size_t>(width) * sizeof(T));
+    memcpy(y, &value, static_cast<size_t>(min_of(width, kOutputs)) * sizeof(T));
+  }
+}
+
+/// The results of a tile that only `width` columns of are stored.
+template <class T>
+__attribute__((noinline)) void store_narrow(const Operands<T>& o, int64_t width, int64_t rows, int64_t panels,
+                                            const Vec<int32_t>* sum) {
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t c = 0; c < panels && c * kOutputs < width; ++c) {
+      store_scaled(o.y + i * o.y_row + c * kOutputs, sum[i * panels + c], o.gamma * o.inverse_scale[i],
+                   width - c * kOutputs);
+    }
   }
 }
 
@@ -277,12 +329,19 @@ void tile(const Operands<T>& o, int64_t width) {
       }
     }
   }
+  if (width < panels * kOutputs) {
+    // A call that sums outlive would have the compiler keep them in memory, whichever way is taken.
+    Vec<int32_t> end[rows * panels];
+#pragma GCC unroll 32
+    for (int64_t i = 0; i < rows * panels; ++i) end[i] = sum[i / panels][i % panels];
+    return store_narrow(o, width, rows, panels, end);
+  }
 #pragma GCC unroll 16
   for (int64_t i = 0; i < rows; ++i) {
     const T factor = o.gamma * o.inverse_scale[i];
 #pragma GCC unroll 8
     for (int64_t c = 0; c < panels; ++c) {
-      store_scaled(o.y + i * o.y_row + c * kOutputs, sum[i][c], factor, width - c * kOutputs);
+      store_scaled(o.y + i * o.y_row + c * kOutputs, sum[i][c], factor, kOutputs);
     }
   }
 }

@@ -149,10 +149,12 @@ inline void store_up_to(T* p, Vec<T> v, int64_t n) {
   }
 }
 
+#if defined(__AVX512F__)
+inline __mmask16 lanes_up_to(int64_t n) { return static_cast<__mmask16>(n >= 16 ? 0xffff : (1u << n) - 1); }
+#endif
+
 #if defined(__AVX512BF16__)
 // ---- bfloat16 as its bits ----
-
-inline __mmask16 lanes_up_to(int64_t n) { return static_cast<__mmask16>(n >= 16 ? 0xffff : (1u << n) - 1); }
 
 /// As many of kLanes<float> values as n allows, one in the lower half of each lane, the rest zero.
 inline Vec<int32_t> load_bf16_bits(const uint16_t* p, int64_t n) {
@@ -204,16 +206,19 @@ inline Vec<T> broadcast(T x) {
   return x - Vec<T>{};
 }
 
+/// Elements begin, begin + 1 ... of v. Not by its address, for which a loop's sums would be kept in memory.
+template <int begin, class V, int... i>
+inline auto part_of(V v, std::integer_sequence<int, i...>) {
+  return __builtin_shufflevector(v, v, (begin + i)...);
+}
+
 /// Folds a vector of kN elements in halves, so that the depth is log2(kN): 16 bytes are left to two scalar
 /// levels, as vectors narrower than a register are no gain.
 template <class T, int64_t kN, class V, class Op>
-inline T fold(const V& v, const Op& op) {
+inline T fold(V v, const Op& op) {
   if constexpr (kN * sizeof(T) > 16) {
-    typedef T Half __attribute__((vector_size(kN / 2 * sizeof(T))));
-    Half low, high;
-    memcpy(&low, &v, sizeof low);
-    memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
-    return fold<T, kN / 2>(op(low, high), op);
+    constexpr auto half = std::make_integer_sequence<int, kN / 2>{};
+    return fold<T, kN / 2>(op(part_of<0>(v, half), part_of<kN / 2>(v, half)), op);
   } else if constexpr (kN == 4) {
     return op(op(T(v[0]), T(v[2])), op(T(v[1]), T(v[3])));
   } else {
@@ -251,6 +256,11 @@ template <>
 inline Vec<float> vec_max<float>(Vec<float> a, Vec<float> b) {
   return reinterpret_cast<Vec<float>>(
       _mm512_maskz_max_ps(0xffff, reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+}
+template <>
+inline Vec<int32_t> vec_max<int32_t>(Vec<int32_t> a, Vec<int32_t> b) {
+  return reinterpret_cast<Vec<int32_t>>(
+      _mm512_maskz_max_epi32(0xffff, reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
 }
 template <>
 inline Vec<float> vec_min<float>(Vec<float> a, Vec<float> b) {
