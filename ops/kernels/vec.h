@@ -150,7 +150,10 @@ inline void store_up_to(T* p, Vec<T> v, int64_t n) {
 }
 
 #if defined(__AVX512F__)
-inline __mmask16 lanes_up_to(int64_t n) { return static_cast<__mmask16>(n >= 16 ? 0xffff : (1u << n) - 1); }
+/// A mask of as many of 16 lanes as n allows, none if n <= 0.
+inline __mmask16 lanes_up_to(int64_t n) {
+  return static_cast<__mmask16>(n >= 16 ? 0xffff : n > 0 ? (1u << n) - 1 : 0);
+}
 #endif
 
 #if defined(__AVX512BF16__)
@@ -180,6 +183,10 @@ inline void store_bf16(uint16_t* p, Vec<float> v, int64_t n) {
 
 /// The first n bytes at p, one in each 32-bit lane as 0 .. 255, the rest zero; none if n <= 0.
 inline Vec<int32_t> load_bytes(const int8_t* p, int64_t n) {
+#if defined(__AVX512F__)
+  // The unmasked forms make GCC 12 warn (its bug 105593).
+  return (Vec<int32_t>)_mm512_maskz_cvtepu8_epi32(0xffff, _mm_maskz_loadu_epi8(lanes_up_to(n), p));
+#else
   constexpr int64_t lanes = kLanes<int32_t>;
   int8_t bytes[lanes] = {};
   if (n >= lanes) {
@@ -187,16 +194,14 @@ inline Vec<int32_t> load_bytes(const int8_t* p, int64_t n) {
   } else if (n > 0) {
     memcpy(bytes, p, static_cast<size_t>(n));
   }
-  // A conversion by the compiler goes byte by byte; the unmasked intrinsic makes GCC 12 warn (its bug
-  // 105593).
-#if defined(__AVX512F__)
-  return (Vec<int32_t>)_mm512_maskz_cvtepu8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<__m128i*>(bytes)));
-#elif defined(__AVX2__)
+#if defined(__AVX2__)
+  // A conversion by the compiler goes byte by byte.
   return (Vec<int32_t>)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<__m128i*>(bytes)));
 #else
   Vec<int32_t> out;
   for (int64_t i = 0; i < lanes; ++i) out[i] = static_cast<uint8_t>(bytes[i]);
   return out;
+#endif
 #endif
 }
 
