@@ -9,7 +9,7 @@
 #include "ops/kernels/families.h"
 #include "ops/kernels/vec.h"
 
-#if defined(__AVX2__)
+#if defined(__SSSE3__)
 #include <immintrin.h>
 #endif
 
@@ -44,6 +44,8 @@ inline Vec<int16_t> pair_products(Vec<int16_t> w, Vec<int16_t> q) {
   return (Vec<int16_t>)_mm512_maddubs_epi16((__m512i)w, (__m512i)q);
 #elif defined(__AVX2__)
   return (Vec<int16_t>)_mm256_maddubs_epi16((__m256i)w, (__m256i)q);
+#elif defined(__SSSE3__)
+  return (Vec<int16_t>)_mm_maddubs_epi16((__m128i)w, (__m128i)q);
 #else
   return (w & 0xff) * ((q << 8) >> 8) + (w >> 8) * (q >> 8);  // w's top bit is never set
 #endif

@@ -8,7 +8,7 @@
 #include "ops/kernels/families.h"
 #include "ops/kernels/vec.h"
 
-#if defined(__AVX2__)
+#if defined(__SSSE3__)
 #include <immintrin.h>
 #elif defined(__ARM_FEATURE_DOTPROD)
 #include <arm_neon.h>
@@ -69,6 +69,8 @@ inline Part add_products(Part part, Vec<int32_t> w, Vec<int32_t> q) {
   return (Part)_mm256_dpbusd_avx_epi32((__m256i)part, (__m256i)w, (__m256i)q);
 #elif defined(__AVX2__)
   return part + (Part)_mm256_maddubs_epi16((__m256i)w, (__m256i)q);
+#elif defined(__SSSE3__)
+  return part + (Part)_mm_maddubs_epi16((__m128i)w, (__m128i)q);
 #elif defined(__ARM_FEATURE_DOTPROD)
   return (Part)vdotq_s32((int32x4_t)part, (int8x16_t)w, (int8x16_t)q);
 #else
