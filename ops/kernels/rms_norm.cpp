@@ -36,6 +36,7 @@ void inverse_rms_rows(int64_t width, const T* x, T eps, T* rstd) {
   Vec<T> squares[kCount] = {};
   for_each_vector<T>(
       width, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+#pragma GCC unroll 4
         for (int64_t r = 0; r < kCount; ++r) {
           // As a rule these rows come from memory: ask for the next ones while these are summed.
           __builtin_prefetch(x + (kCount + r) * width + i);
@@ -43,6 +44,7 @@ void inverse_rms_rows(int64_t width, const T* x, T eps, T* rstd) {
           squares[r] += v * v;
         }
       });
+#pragma GCC unroll 4
   for (int64_t r = 0; r < kCount; ++r) rstd[r] = inverse_rms_of<T>(squares[r], width, eps);
 }
 
@@ -107,12 +109,14 @@ void backward(int64_t width, const T* grad_y, const T* x, const T* scale, T eps,
   for_each_vector<T>(
       width, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
         const Vec<T> by = load_up_to(scale + i, n);
+#pragma GCC unroll 4
         for (int64_t r = 0; r < kCount; ++r) {
           const Vec<T> v = load_up_to(x + r * width + i, n);
           squares[r] += v * v;
           products[r] += load_up_to(grad_y + r * width + i, n) * by * v;
         }
       });
+#pragma GCC unroll 4
   for (int64_t r = 0; r < kCount; ++r) {
     const T inverse = inverse_rms_of<T>(squares[r], width, eps);
     rstd[r] = broadcast(inverse);
@@ -122,6 +126,7 @@ void backward(int64_t width, const T* grad_y, const T* x, const T* scale, T eps,
       width, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
         const Vec<T> by = load_up_to(scale + i, n);
         Vec<T> sum = load_up_to(grad_scale + i, n);
+#pragma GCC unroll 4
         for (int64_t r = 0; r < kCount; ++r) {
           const Vec<T> grad = load_up_to(grad_y + r * width + i, n);
           const Vec<T> normed = load_up_to(x + r * width + i, n) * rstd[r];
