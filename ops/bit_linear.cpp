@@ -209,16 +209,29 @@ class Quantizing {
 
 // ---- forward ----
 
+/// Rows from which on sum tables are worth building, where int8 rows have them.
+constexpr int64_t kFewestTableRows = 24;
+
 template <class T>
 void forward_int8(const Inputs& in, const at::Tensor& weight, T* y) {
+  const auto& table = kernels::table<T>();
+  const bool by_sum_table = table.sum_table_gemm_int8 != nullptr && in.m >= kFewestTableRows;
   const auto weights = ternary_weights<T>(weight, in.quantizer);
-  const auto* packed = static_cast<const uint8_t*>(weights->packed(TernaryLayout::kInt8, weight));
+  const auto* packed = static_cast<const uint8_t*>(
+      weights->packed(by_sum_table ? TernaryLayout::kSumTable : TernaryLayout::kInt8, weight));
   at::parallel_for(0, in.m, kRowBlock, [&](int64_t first, int64_t last) {
     Quantizing<T> quantized(in, kRowBlock);
+    Scratch<uint8_t> workspace(by_sum_table ? table.sum_table_int8_workspace_size(in.n, in.k) : 0);
     for_row_blocks(first, last, kRowBlock, [&](int64_t begin, int64_t end) {
       const Int8Rows<T> a = quantized(begin, end);
-      kernels::table<T>().ternary_gemm(end - begin, in.n, in.k, a.q, a.row_sum, a.inverse_scale, packed,
-                                       weights->gamma(), y + begin * in.n, in.n);
+      T* to = y + begin * in.n;
+      if (by_sum_table) {
+        table.sum_table_gemm_int8(end - begin, in.n, in.k, a.q, a.inverse_scale, packed, weights->gamma(), to,
+                                  in.n, workspace.data);
+      } else {
+        table.ternary_gemm(end - begin, in.n, in.k, a.q, a.row_sum, a.inverse_scale, packed, weights->gamma(),
+                           to, in.n);
+      }
     });
   });
 }

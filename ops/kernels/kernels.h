@@ -301,6 +301,13 @@ struct Table {
   void (*sum_table_gemm)(int64_t m, int64_t n, int64_t k, const T* x, int64_t x_row, const uint8_t* packed,
                          T gamma, T* y, int64_t y_row, void* workspace);
 
+  /// As ternary_gemm, with the same bits, by additions of int16: for rows q in [-127, 127], round_up(k, 4)
+  /// apart, and codes packed by sum_table_pack. Null where ternary_gemm is as fast, and in float64. Rows are
+  /// computed kVectorBytes / 2 at a time, for the price of all of them.
+  int64_t (*sum_table_int8_workspace_size)(int64_t n, int64_t k);
+  void (*sum_table_gemm_int8)(int64_t m, int64_t n, int64_t k, const int8_t* q, const T* inverse_scale,
+                              const uint8_t* packed, T gamma, T* y, int64_t y_row, void* workspace);
+
   // ---- gated linear units; see ops/glu.h. The same bits on every level ----
 
   Glu<T> relu2_glu, silu_glu, sigmoid_glu;

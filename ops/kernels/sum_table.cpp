@@ -10,6 +10,12 @@
 #include "ops/kernels/families.h"
 #include "ops/kernels/vec.h"
 
+// AVX2 adds twice as many int16 as it has lanes for float32, and the tables' loads are the same: faster than
+// vpmaddubsw. An instruction that sums four products of bytes is not beaten by enough.
+#if defined(__AVX2__) && !defined(__AVX512F__) && !defined(__AVXVNNI__)
+#define FLASHLM_INT16_TABLES
+#endif
+
 namespace flashlm::kernels::FLASHLM_ISA {
 namespace {
 
@@ -333,6 +339,170 @@ void gemm(int64_t m, int64_t n, int64_t k, const T* x, int64_t x_row, const uint
   }
 }
 
+#if defined(FLASHLM_INT16_TABLES)
+// ---- product of int8 rows ----
+//
+// A vector of int16 is two vectors' worth of rows: its 128-bit parts have four rows of the first, then four
+// of the second, which is the order that packing to int16 and unpacking leave.
+
+constexpr int64_t kInt16Lanes = kLanes<int16_t>;
+constexpr int64_t kInt32Lanes = kLanes<int32_t>;
+constexpr int64_t kInt16Passes = 8;  // whose sums an int16 holds
+static_assert(kInt16Passes * kDepth * 127 <= INT16_MAX);
+static_assert(kTables % kInt32Lanes == 0);
+
+/// Of a's and then b's parts of 128 bits, those at even (odd) places.
+inline Vec<float> even_parts(Vec<float> a, Vec<float> b) {
+  return __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11);
+}
+inline Vec<float> odd_parts(Vec<float> a, Vec<float> b) {
+  return __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
+}
+
+/// Transposes a square: v[i][j] becomes v[j][i].
+inline void transpose(Vec<float> v[kInt32Lanes]) {
+  transpose4(v);
+  transpose4(v + 4);
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < 4; ++i) {
+    const Vec<float> low = v[i], high = v[4 + i];
+    v[i] = even_parts(low, high);
+    v[4 + i] = odd_parts(low, high);
+  }
+}
+
+inline Vec<int32_t> first_rows(Vec<int16_t> v) {
+  return (Vec<int32_t>)_mm256_unpacklo_epi16((__m256i)v, (__m256i)v) >> 16;
+}
+inline Vec<int32_t> last_rows(Vec<int16_t> v) {
+  return (Vec<int32_t>)_mm256_unpackhi_epi16((__m256i)v, (__m256i)v) >> 16;
+}
+
+/// What lies where in the workspace, from a vector's boundary on.
+struct Int8Workspace {
+  int64_t tables, partial, sums, groups, bytes;
+
+  explicit Int8Workspace(const Layout& layout) {
+    // store_int8 reads whole squares of outputs.
+    const int64_t outputs = round_up(layout.width, kInt32Lanes);
+    tables = 0;
+    partial = tables + kTables * kSums * kVectorBytes;
+    sums = partial + outputs * kVectorBytes;
+    groups = sums + outputs * 2 * kVectorBytes;
+    bytes = groups + layout.passes * kTables * 2 * kVectorBytes;
+  }
+};
+
+int64_t int8_workspace_size(int64_t n, int64_t k) {
+  return Int8Workspace(Layout(n, k)).bytes + kVectorBytes;  // more to align it
+}
+
+/// groups[g][i] = the four bytes of row i's group g, for as many rows as a vector of int16 has lanes. Of rows
+/// that are not there, the last one's.
+inline void turn(int64_t rows, int64_t row_groups, int64_t groups, const int8_t* q, int32_t* turned) {
+  for (int64_t first = 0; first < kInt16Lanes; first += kInt32Lanes) {
+    for (int64_t g = 0; g < groups; g += kInt32Lanes) {
+      Vec<float> v[kInt32Lanes];
+#pragma GCC unroll 8
+      for (int64_t i = 0; i < kInt32Lanes; ++i) {
+        const int64_t row = min_of(first + i, rows - 1);
+        v[i] = load_up_to(reinterpret_cast<const float*>(q) + row * row_groups + g, row_groups - g);
+      }
+      transpose(v);
+#pragma GCC unroll 8
+      for (int64_t i = 0; i < kInt32Lanes; ++i) {
+        store(turned + (g + i) * kInt16Lanes + first, (Vec<int32_t>)v[i]);
+      }
+    }
+  }
+}
+
+inline void build_int8(const int32_t* group, int16_t* table) {
+  const Vec<int32_t> first = load(group), last = load(group + kInt32Lanes);
+  Vec<int16_t> columns[kGroup];
+#pragma GCC unroll 4
+  for (int32_t c = 0; c < kGroup; ++c) {
+    const Vec<int32_t> a = (first << (24 - 8 * c)) >> 24, b = (last << (24 - 8 * c)) >> 24;
+    columns[c] = (Vec<int16_t>)_mm256_packs_epi32((__m256i)a, (__m256i)b);
+  }
+  build(columns, table);
+}
+
+/// sums (+)= partial
+inline void widen(int64_t width, const int16_t* partial, bool add, int32_t* sums) {
+  for (int64_t j = 0; j < width; ++j, partial += kInt16Lanes, sums += kInt16Lanes) {
+    Vec<int32_t> first = first_rows(load(partial)), last = last_rows(load(partial));
+    if (add) first += load(sums), last += load(sums + kInt32Lanes);
+    store(sums, first);
+    store(sums + kInt32Lanes, last);
+  }
+}
+
+/// Of a vector of rows (the second if `second`): y = factor * (sums + partial), or partial alone.
+template <bool second>
+inline void store_int8(int64_t rows, int64_t width, const int16_t* partial, const int32_t* sums,
+                       Vec<float> factor, float* y, int64_t y_row) {
+  for (int64_t j = 0; j < width; j += kInt32Lanes) {
+    Vec<float> v[kInt32Lanes];
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < kInt32Lanes; ++i) {
+      const Vec<int16_t> part = load(partial + (j + i) * kInt16Lanes);
+      Vec<int32_t> sum = second ? last_rows(part) : first_rows(part);
+      if (sums != nullptr) sum += load(sums + (j + i) * kInt16Lanes + second * kInt32Lanes);
+      v[i] = __builtin_convertvector(sum, Vec<float>) * factor;
+    }
+    transpose(v);
+    if (rows >= kInt32Lanes && width - j >= kInt32Lanes) {
+#pragma GCC unroll 8
+      for (int64_t i = 0; i < kInt32Lanes; ++i) store(y + i * y_row + j, v[i]);
+    } else {
+      for (int64_t i = 0; i < min_of(rows, kInt32Lanes); ++i) store_up_to(y + i * y_row + j, v[i], width - j);
+    }
+  }
+}
+
+void gemm_int8(int64_t m, int64_t n, int64_t k, const int8_t* q, const float* inverse_scale,
+               const uint8_t* packed, float gamma, float* y, int64_t y_row, void* workspace) {
+  const Layout layout(n, k);
+  const Int8Workspace at(layout);
+  const uintptr_t address = reinterpret_cast<uintptr_t>(workspace);
+  uint8_t* aligned = reinterpret_cast<uint8_t*>((address + kVectorBytes - 1) / kVectorBytes * kVectorBytes);
+  int16_t* tables = reinterpret_cast<int16_t*>(aligned + at.tables);
+  int16_t* partial = reinterpret_cast<int16_t*>(aligned + at.partial);
+  int32_t* sums = reinterpret_cast<int32_t*>(aligned + at.sums);
+  int32_t* turned = reinterpret_cast<int32_t*>(aligned + at.groups);
+  const int64_t row_groups = divide_up(k, kGroup);
+  for (int64_t t = 0; t < kTables; ++t) store(tables + t * kSums * kInt16Lanes, Vec<int16_t>{});
+  for (int64_t r = 0; r < m; r += kInt16Lanes) {
+    const int64_t rows = min_of(kInt16Lanes, m - r);
+    turn(rows, row_groups, layout.passes * kTables, q + r * row_groups * kGroup, turned);
+    const Vec<float> first = load_up_to(inverse_scale + r, rows) * gamma,
+                     last = load_up_to(inverse_scale + r + kInt32Lanes, rows - kInt32Lanes) * gamma;
+    const uint8_t* pass = packed;
+    for (int64_t j = 0; j < n; j += layout.width) {
+      const int64_t width = min_of(layout.width, n - j);
+      for (int64_t p = 0; p < layout.passes; ++p, pass += layout.stride) {
+        for (int64_t t = 0; t < kTables; ++t) {
+          build_int8(turned + (p * kTables + t) * kInt16Lanes, tables + t * kSums * kInt16Lanes);
+        }
+        Counts counts;
+        memcpy(&counts, pass, sizeof counts);
+        if (p % kInt16Passes == 0) {
+          if (p > 0) widen(width, partial, /*add=*/p > kInt16Passes, sums);
+          all_parts<int16_t, true>(counts, pass + kCountBytes, tables, partial);
+        } else {
+          all_parts<int16_t, false>(counts, pass + kCountBytes, tables, partial);
+        }
+      }
+      const int32_t* before = layout.passes > kInt16Passes ? sums : nullptr;
+      float* to = y + r * y_row + j;
+      store_int8<false>(rows, width, partial, before, first, to, y_row);
+      store_int8<true>(rows - kInt32Lanes, width, partial, before, last, to + kInt32Lanes * y_row, y_row);
+    }
+  }
+}
+#endif
+
 }  // namespace
 
 template <class T>
@@ -341,6 +511,12 @@ void add_sum_table(Table<T>& table) {
   table.sum_table_pack = pack;
   table.sum_table_workspace_size = workspace_size<T>;
   table.sum_table_gemm = gemm<T>;
+#if defined(FLASHLM_INT16_TABLES)
+  if constexpr (sizeof(T) == sizeof(float)) {
+    table.sum_table_int8_workspace_size = int8_workspace_size;
+    table.sum_table_gemm_int8 = gemm_int8;
+  }
+#endif
 }
 template void add_sum_table(Table<float>&);
 template void add_sum_table(Table<double>&);
