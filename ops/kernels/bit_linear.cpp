@@ -278,17 +278,6 @@ struct Operands {
   int64_t y_row;
 };
 
-template <class T>
-inline void store_scaled(T* y, Vec<int32_t> sum, T factor, int64_t width) {
-  typedef T Values __attribute__((vector_size(kOutputs * sizeof(T))));
-  const Values value = __builtin_convertvector(sum, Values) * factor;
-  if constexpr (sizeof value == kVectorBytes) {
-    store_up_to(y, value, width);
-  } else {
-    memcpy(y, &value, static_cast<size_t>(min_of(width, kOutputs)) * sizeof(T));
-  }
-}
-
 /// The results of a tile that only `width` columns of are stored.
 template <class T>
 __attribute__((noinline)) void store_narrow(const Operands<T>& o, int64_t width, int64_t rows, int64_t panels,

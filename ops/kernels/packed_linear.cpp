@@ -143,17 +143,6 @@ struct Operands {
   int64_t y_row;
 };
 
-template <class T>
-inline void store_scaled(T* y, Vec<int32_t> sum, T factor, int64_t width) {
-  typedef T Values __attribute__((vector_size(kSliceOutputs * sizeof(T))));
-  const Values value = __builtin_convertvector(sum, Values) * factor;
-  if constexpr (sizeof value == kVectorBytes) {
-    store_up_to(y, value, width);
-  } else if (width > 0) {
-    memcpy(y, &value, static_cast<size_t>(min_of(width, kSliceOutputs)) * sizeof(T));
-  }
-}
-
 /// The first output of field j of a slice, which is counted through all panels.
 inline int64_t first_output(int64_t slice, int64_t j) {
   return slice / kSlices * kLine + j * kFieldOutputs + slice % kSlices * kSliceOutputs;

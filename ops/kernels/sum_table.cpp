@@ -296,6 +296,24 @@ inline void all_parts(const Counts& counts, const uint8_t* list, const T* tables
   if constexpr (added < kTables) all_parts<T, first, added + 1>(counts, list, tables, partial);
 }
 
+/// The next pass: adds its sums to the partial results, which begin anew if it is the first.
+template <class T>
+inline void add_pass(bool first, const uint8_t* pass, const T* tables, T* partial) {
+  Counts counts;
+  memcpy(&counts, pass, sizeof counts);
+  if (first) {
+    all_parts<T, true>(counts, pass + kCountBytes, tables, partial);
+  } else {
+    all_parts<T, false>(counts, pass + kCountBytes, tables, partial);
+  }
+}
+
+/// The first line in a workspace, which has room for one vector more.
+inline void* first_line(void* workspace) {
+  const uintptr_t address = reinterpret_cast<uintptr_t>(workspace);
+  return reinterpret_cast<void*>((address + kVectorBytes - 1) / kVectorBytes * kVectorBytes);
+}
+
 template <class T>
 int64_t workspace_size(int64_t n, int64_t k) {
   const int64_t lines = kTables * kSums + Layout(n, k).width;
@@ -307,8 +325,7 @@ void gemm(int64_t m, int64_t n, int64_t k, const T* x, int64_t x_row, const uint
           int64_t y_row, void* workspace) {
   constexpr int64_t lanes = kLanes<T>;
   const Layout layout(n, k);
-  const uintptr_t address = reinterpret_cast<uintptr_t>(workspace);
-  T* tables = reinterpret_cast<T*>((address + kVectorBytes - 1) / kVectorBytes * kVectorBytes);
+  T* tables = static_cast<T*>(first_line(workspace));
   T* partial = tables + kTables * kSums * lanes;
   for (int64_t t = 0; t < kTables; ++t) store(tables + t * kSums * lanes, Vec<T>{});
   for (; m > 0; m -= lanes, x += lanes * x_row, y += lanes * y_row) {
@@ -323,13 +340,7 @@ void gemm(int64_t m, int64_t n, int64_t k, const T* x, int64_t x_row, const uint
         }
         // What the next pass reads: too many rows side by side for the hardware to foresee.
         for (int64_t i = 0; i < rows; ++i) __builtin_prefetch(x + i * x_row + p + kDepth + kDepth / 2);
-        Counts counts;
-        memcpy(&counts, pass, sizeof counts);
-        if (p == 0) {
-          all_parts<T, true>(counts, pass + kCountBytes, tables, partial);
-        } else {
-          all_parts<T, false>(counts, pass + kCountBytes, tables, partial);
-        }
+        add_pass(/*first=*/p == 0, pass, tables, partial);
       }
       const int64_t width = min_of(layout.width, n - j);
       for (int64_t c = 0; c < width; c += kGroup) {
@@ -350,26 +361,6 @@ constexpr int64_t kInt32Lanes = kLanes<int32_t>;
 constexpr int64_t kInt16Passes = 8;  // whose sums an int16 holds
 static_assert(kInt16Passes * kDepth * 127 <= INT16_MAX);
 static_assert(kTables % kInt32Lanes == 0);
-
-/// Of a's and then b's parts of 128 bits, those at even (odd) places.
-inline Vec<float> even_parts(Vec<float> a, Vec<float> b) {
-  return __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11);
-}
-inline Vec<float> odd_parts(Vec<float> a, Vec<float> b) {
-  return __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
-}
-
-/// Transposes a square: v[i][j] becomes v[j][i].
-inline void transpose(Vec<float> v[kInt32Lanes]) {
-  transpose4(v);
-  transpose4(v + 4);
-#pragma GCC unroll 4
-  for (int64_t i = 0; i < 4; ++i) {
-    const Vec<float> low = v[i], high = v[4 + i];
-    v[i] = even_parts(low, high);
-    v[4 + i] = odd_parts(low, high);
-  }
-}
 
 inline Vec<int32_t> first_rows(Vec<int16_t> v) {
   return (Vec<int32_t>)_mm256_unpacklo_epi16((__m256i)v, (__m256i)v) >> 16;
@@ -402,16 +393,16 @@ int64_t int8_workspace_size(int64_t n, int64_t k) {
 inline void turn(int64_t rows, int64_t row_groups, int64_t groups, const int8_t* q, int32_t* turned) {
   for (int64_t first = 0; first < kInt16Lanes; first += kInt32Lanes) {
     for (int64_t g = 0; g < groups; g += kInt32Lanes) {
-      Vec<float> v[kInt32Lanes];
+      Vec<int32_t> v[kInt32Lanes];
 #pragma GCC unroll 8
       for (int64_t i = 0; i < kInt32Lanes; ++i) {
         const int64_t row = min_of(first + i, rows - 1);
-        v[i] = load_up_to(reinterpret_cast<const float*>(q) + row * row_groups + g, row_groups - g);
+        v[i] = load_up_to(reinterpret_cast<const int32_t*>(q) + row * row_groups + g, row_groups - g);
       }
-      transpose(v);
+      transpose<int32_t>(v);
 #pragma GCC unroll 8
       for (int64_t i = 0; i < kInt32Lanes; ++i) {
-        store(turned + (g + i) * kInt16Lanes + first, (Vec<int32_t>)v[i]);
+        store(turned + (g + i) * kInt16Lanes + first, v[i]);
       }
     }
   }
@@ -451,7 +442,7 @@ inline void store_int8(int64_t rows, int64_t width, const int16_t* partial, cons
       if (sums != nullptr) sum += load(sums + (j + i) * kInt16Lanes + second * kInt32Lanes);
       v[i] = __builtin_convertvector(sum, Vec<float>) * factor;
     }
-    transpose(v);
+    transpose<float>(v);
     if (rows >= kInt32Lanes && width - j >= kInt32Lanes) {
 #pragma GCC unroll 8
       for (int64_t i = 0; i < kInt32Lanes; ++i) store(y + i * y_row + j, v[i]);
@@ -465,8 +456,7 @@ void gemm_int8(int64_t m, int64_t n, int64_t k, const int8_t* q, const float* in
                const uint8_t* packed, float gamma, float* y, int64_t y_row, void* workspace) {
   const Layout layout(n, k);
   const Int8Workspace at(layout);
-  const uintptr_t address = reinterpret_cast<uintptr_t>(workspace);
-  uint8_t* aligned = reinterpret_cast<uint8_t*>((address + kVectorBytes - 1) / kVectorBytes * kVectorBytes);
+  uint8_t* aligned = static_cast<uint8_t*>(first_line(workspace));
   int16_t* tables = reinterpret_cast<int16_t*>(aligned + at.tables);
   int16_t* partial = reinterpret_cast<int16_t*>(aligned + at.partial);
   int32_t* sums = reinterpret_cast<int32_t*>(aligned + at.sums);
@@ -485,14 +475,9 @@ void gemm_int8(int64_t m, int64_t n, int64_t k, const int8_t* q, const float* in
         for (int64_t t = 0; t < kTables; ++t) {
           build_int8(turned + (p * kTables + t) * kInt16Lanes, tables + t * kSums * kInt16Lanes);
         }
-        Counts counts;
-        memcpy(&counts, pass, sizeof counts);
-        if (p % kInt16Passes == 0) {
-          if (p > 0) widen(width, partial, /*add=*/p > kInt16Passes, sums);
-          all_parts<int16_t, true>(counts, pass + kCountBytes, tables, partial);
-        } else {
-          all_parts<int16_t, false>(counts, pass + kCountBytes, tables, partial);
-        }
+        const bool full = p % kInt16Passes == 0;
+        if (full && p > 0) widen(width, partial, /*add=*/p > kInt16Passes, sums);
+        add_pass(/*first=*/full, pass, tables, partial);
       }
       const int32_t* before = layout.passes > kInt16Passes ? sums : nullptr;
       float* to = y + r * y_row + j;

@@ -309,6 +309,19 @@ inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
+/// y = T(sum) * factor, of as many lanes as n allows.
+template <class T>
+inline void store_scaled(T* y, Vec<int32_t> sum, T factor, int64_t n) {
+  constexpr int64_t lanes = kLanes<int32_t>;
+  typedef T Values __attribute__((vector_size(lanes * sizeof(T))));
+  const Values value = __builtin_convertvector(sum, Values) * factor;
+  if constexpr (sizeof value == kVectorBytes) {
+    store_up_to(y, value, n);
+  } else if (n > 0) {
+    memcpy(y, &value, static_cast<size_t>(min_of(n, lanes)) * sizeof(T));
+  }
+}
+
 /// e^x. float: range reduction x = n ln 2 + r with |r| <= ln 2 / 2, then 1 + r + r^2 q(r) with the q of
 /// degree 4 that is nearest to e^r in relative error (4e-9, far below rounding), and n added to the exponent
 /// field. The result is right to 1.2e-7 of itself. The argument is clamped to [-87.3, 88.3], where the result
