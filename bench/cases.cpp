@@ -226,7 +226,8 @@ Case kernel_case(const Ggml* ggml, const TernaryKernels& ternary, int64_t m, int
     const at::Tensor codes = dense.sign().to(at::kChar);
     const at::Tensor packed = at::empty({round_up(n, largest_panel) * round_up(k, 4)}, at::kByte);
     ternary.pack(n, k, codes.const_data_ptr<int8_t>(), packed.mutable_data_ptr<uint8_t>());
-    const at::Tensor q = at::empty({m, round_up(k, 4)}, at::kChar), inverse_scale = at::empty({m});
+    const at::Tensor q = at::empty({m, kernels::quantized_width(k)}, at::kChar),
+                     inverse_scale = at::empty({m});
     const at::Tensor row_sum = at::empty({m}, at::kInt), y = at::empty({m, n});
     // Taken once: getting at a tensor's memory is no part of a kernel, and not nothing beside a microsecond.
     const kernels::Table<float>& table = kernels::table<float>();

@@ -114,7 +114,7 @@ ThreeTensors new_outputs(const at::Tensor& x, const at::Tensor& weight, const Op
   // What the backward reads instead of x. With a norm it needs x itself, and quantizes again.
   const bool keeps_int8 = parse_activation("bit_linear", activation) && !norm_scale;
   const c10::SymInt in = weight.sym_size(1), rows = keeps_int8 ? x.sym_numel() / in : c10::SymInt(0);
-  return {y, x.new_empty_symint({rows, (in + 3) / 4 * 4}, x.options().dtype(at::kChar)),
+  return {y, x.new_empty_symint({rows, (in + 63) / 64 * 64}, x.options().dtype(at::kChar)),
           x.new_empty_symint({rows}, x.options().dtype(compute_dtype(x)))};
 }
 
@@ -134,7 +134,7 @@ void for_row_blocks(int64_t begin, int64_t end, int64_t block, const Body& body)
   for (int64_t r = begin; r < end; r += block) body(r, std::min(end, r + block));
 }
 
-/// The tensors of a call as the kernels read them. x (M, K), norm_scale, q (M, round_up(K, 4)) and
+/// The tensors of a call as the kernels read them. x (M, K), norm_scale, q (M, quantized_width(K)) and
 /// inverse_scale (M) may be undefined; where the backward has no x, it has q and inverse_scale.
 struct Inputs {
   at::Tensor x, weight, norm_scale, q, inverse_scale;
@@ -186,7 +186,7 @@ class Quantizing {
   Quantizing(const Inputs& in, int64_t block)
       : in_(in),
         rows_(in, block),
-        q_(in.q.defined() ? 0 : block * round_up(in.k, 4)),
+        q_(in.q.defined() ? 0 : block * kernels::quantized_width(in.k)),
         inverse_scale_(in.q.defined() ? 0 : block),
         row_sum_(block) {}
 
@@ -348,7 +348,7 @@ class ProductWithWeights {
         pairs_.resize(kRowBlock * pairs());
         break;
       case Gradient::kInt8:
-        q_.resize(kRowBlock * round_up(in.n, 4));
+        q_.resize(kRowBlock * kernels::quantized_width(in.n));
         inverse_scale_.resize(kRowBlock);
         row_sum_.resize(kRowBlock);
     }
@@ -503,7 +503,7 @@ class PackedRows {
     }
     std::copy_n(a.inverse_scale, rows, inverse_scale_.data + block * kDepth);
     const auto pack = gradient_ == Gradient::kInt8 ? table.int8_pack : table.bf16_pack_int8;
-    pack(rows, in_.k, a.q, round_up(in_.k, 4), words_.data + block * block_);
+    pack(rows, in_.k, a.q, kernels::quantized_width(in_.k), words_.data + block * block_);
   }
 
   void pack_float(int64_t rows, int64_t block, const T* a) {

@@ -102,7 +102,7 @@ void for_blocks(const Inputs& in, const Body& body) {
 template <class T>
 void product_int8(const Inputs& in, T* y) {
   const auto& table = kernels::table<T>();
-  const int64_t padded = in.packed.size(1) * 4;
+  const int64_t padded = kernels::quantized_width(in.k);
   const Scratch<int8_t> q(in.m * padded);
   const Scratch<T> inverse_scale(in.m);
   const Scratch<int32_t> row_sum(in.m);

@@ -72,8 +72,8 @@ double abs_sum(int64_t n, const T* w) {
     for (int64_t s = 0; s < kSums / lanes; ++s) {
       Part part;
       memcpy(&part, w + i + s * lanes, sizeof part);
-      const Vec<double> v = __builtin_convertvector(part, Vec<double>);
-      sum[s] += v < 0 ? -v : v;
+      const Vec<int64_t> bits = (Vec<int64_t>)__builtin_convertvector(part, Vec<double>);
+      sum[s] += (Vec<double>)(bits & INT64_MAX);
     }
   }
   double total = 0;
@@ -123,22 +123,38 @@ void ternary_codes(int64_t n, const T* w, T bound, int8_t* codes) {
   for (int64_t i = 0; i < n; ++i) codes[i] = static_cast<int8_t>(code(w[i], bound));
 }
 
+#if defined(__AVX512BW__)
+template <>
+void ternary_codes<float>(int64_t n, const float* w, float bound, int8_t* codes) {
+  constexpr int64_t lanes = kLanes<float>, bytes = 4 * lanes;
+  for (int64_t i = 0; i < n; i += bytes) {
+    uint64_t above = 0, below = 0;
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < 4; ++j) {
+      const __m512 v = (__m512)load_up_to(w + i + j * lanes, n - i - j * lanes);
+      above |= uint64_t{_mm512_cmp_ps_mask(v, _mm512_set1_ps(bound), _CMP_GT_OQ)} << (j * lanes);
+      below |= uint64_t{_mm512_cmp_ps_mask(v, _mm512_set1_ps(-bound), _CMP_LT_OQ)} << (j * lanes);
+    }
+    const __m512i code = _mm512_or_si512(_mm512_maskz_set1_epi8(above, 1), _mm512_maskz_set1_epi8(below, -1));
+    store_up_to(codes + i, (Vec<int8_t>)code, n - i);
+  }
+}
+#endif
+
 /// packed[panel][k / kGroup][output][kGroup]; what lies outside (n, k) is the code 0.
 void pack(int64_t n, int64_t k, const int8_t* codes, uint8_t* packed) {
-  typedef uint8_t Group __attribute__((vector_size(kGroup)));
   const int64_t groups = round_up(k, kGroup) / kGroup;
-  for (int64_t j = 0; j < round_up(n, kOutputs); ++j) {
-    uint8_t* to = packed + (j / kOutputs * groups * kOutputs + j % kOutputs) * kGroup;
-    for (int64_t p = 0; p < k; p += kGroup, to += kOutputs * kGroup) {
-      const int64_t size = j < n ? min_of(kGroup, k - p) : 0;
-      Group group = {};
-      if (size == kGroup) {
-        memcpy(&group, codes + j * k + p, sizeof group);
-      } else {
-        for (int64_t i = 0; i < size; ++i) group[i] = static_cast<uint8_t>(codes[j * k + p + i]);
+  for (int64_t j = 0; j < n; j += kOutputs, packed += groups * kVectorBytes) {
+    for (int64_t p = 0; p < groups; p += kOutputs) {
+      Vec<int32_t> square[kOutputs];  // output by group
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kOutputs; ++i) {
+        const int8_t* from = codes + (j + i) * k + p * kGroup;
+        square[i] = (Vec<int32_t>)load_up_to(from, j + i < n ? k - p * kGroup : 0);
       }
-      group += 1;
-      memcpy(to, &group, sizeof group);
+      transpose<int32_t>(square);
+      const int64_t count = min_of(kOutputs, groups - p);
+      for (int64_t i = 0; i < count; ++i) store(packed + (p + i) * kVectorBytes, (Vec<uint8_t>)square[i] + 1);
     }
   }
 }
@@ -194,7 +210,7 @@ T abs_max(int64_t n, const T* x) {
   return value;
 }
 
-/// q = round(x * scale), ties to even, with zeros up to a multiple of kGroup; returns their sum.
+/// q = round(x * scale), ties to even, with zeros up to the row's width; returns their sum.
 template <class T>
 int32_t quantize_row(int64_t k, const T* x, T scale, int8_t* q) {
   int32_t sum = 0;
@@ -203,7 +219,7 @@ int32_t quantize_row(int64_t k, const T* x, T scale, int8_t* q) {
     q[i] = static_cast<int8_t>(value);
     sum += value;
   }
-  for (int64_t i = k; i < round_up(k, kGroup); ++i) q[i] = 0;
+  for (int64_t i = k; i < quantized_width(k); ++i) q[i] = 0;
   return sum;
 }
 
@@ -223,22 +239,22 @@ int32_t quantize_row<float>(int64_t k, const float* x, float scale, int8_t* q) {
     const __m512i packed = _mm512_packs_epi16(_mm512_packs_epi32(v[0], v[1]), _mm512_packs_epi32(v[2], v[3]));
     const __m512i four = _mm512_maskz_permutexvar_epi32(0xffff, in_order, packed);
     sum = dot4(sum, broadcast<int32_t>(0x01010101), (Vec<int32_t>)four);
-    const int64_t left = round_up(k, kGroup) - i;
-    if (left >= bytes) {
-      memcpy(q + i, &four, sizeof four);
-    } else {
-      _mm512_mask_storeu_epi32(q + i, lanes_up_to(left / kGroup), four);
-    }
+    memcpy(q + i, &four, sizeof four);
   }
   return reduce_add<int32_t>(sum);
 }
 #endif
 
+constexpr int64_t kRowsAhead = 3, kCacheLine = 64;
+
 template <class T>
 void quantize_rows(int64_t rows, int64_t k, const T* x, T smallest, int8_t* q, T* inverse_scale,
                    int32_t* row_sum) {
-  const int64_t padded = round_up(k, kGroup);
-  for (int64_t r = 0; r < rows; ++r, x += k, q += padded) {
+  const int64_t q_row = quantized_width(k);
+  for (int64_t r = 0; r < rows; ++r, x += k, q += q_row) {
+    // A row is too short for the hardware to run far enough ahead in it.
+    for (int64_t i = 0; i < k; i += kCacheLine / static_cast<int64_t>(sizeof(T)))
+      __builtin_prefetch(x + kRowsAhead * k + i);
     const T largest = abs_max(k, x);
     int32_t sum = 0;
     if (__builtin_isfinite(largest)) {
@@ -248,7 +264,7 @@ void quantize_rows(int64_t rows, int64_t k, const T* x, T smallest, int8_t* q, T
       inverse_scale[r] = top / T(127);
     } else {
       // An infinity or a NaN makes the row NaN, as it does in floating point; it must not be hidden.
-      memset(q, 0, static_cast<size_t>(padded));
+      memset(q, 0, static_cast<size_t>(q_row));
       inverse_scale[r] = static_cast<T>(__builtin_nan(""));
     }
     row_sum[r] = sum;
@@ -257,8 +273,7 @@ void quantize_rows(int64_t rows, int64_t k, const T* x, T smallest, int8_t* q, T
 
 template <class T>
 void dequantize_rows(int64_t rows, int64_t k, const int8_t* q, const T* inverse_scale, T* a) {
-  const int64_t padded = round_up(k, kGroup);
-  for (int64_t r = 0; r < rows; ++r, q += padded, a += k) {
+  for (int64_t r = 0; r < rows; ++r, q += quantized_width(k), a += k) {
     for (int64_t i = 0; i < k; ++i) a[i] = static_cast<T>(q[i]) * inverse_scale[r];
   }
 }
@@ -268,8 +283,9 @@ void dequantize_rows(int64_t rows, int64_t k, const int8_t* q, const T* inverse_
 /// The operands of ternary_gemm, from a tile's first row and first panel on.
 template <class T>
 struct Operands {
-  int64_t padded;
+  int64_t depth;  // of a panel, in bytes
   const int8_t* q;
+  int64_t q_row;
   const int32_t* row_sum;
   const T* inverse_scale;
   const uint8_t* packed;
@@ -303,15 +319,15 @@ void tile(const Operands<T>& o, int64_t width) {
       __builtin_prefetch(o.y + i * o.y_row + c * kOutputs, /*for writing*/ 1);
     }
   }
-  const int64_t groups = o.padded / kGroup;
+  const int64_t groups = o.depth / kGroup, row_groups = o.q_row / kGroup;
   if constexpr (kHasDot4) {
-    dot_tile(groups, {o.q, groups, 1}, o.packed, groups, sum,
+    dot_tile(groups, {o.q, row_groups, 1}, o.packed, groups, sum,
              [](auto s, auto w, auto a) { return dot4(s, w, a); });
   } else {
-    for (int64_t begin = 0; begin < o.padded; begin += kDepth) {
-      const int64_t depth = min_of(kDepth, o.padded - begin) / kGroup;
+    for (int64_t begin = 0; begin < o.depth; begin += kDepth) {
+      const int64_t depth = min_of(kDepth, o.depth - begin) / kGroup;
       Vec<int16_t> part[rows][panels] = {};
-      dot_tile(depth, {o.q + begin, groups, 1}, o.packed + begin * kOutputs, groups, part,
+      dot_tile(depth, {o.q + begin, row_groups, 1}, o.packed + begin * kOutputs, groups, part,
                [](auto s, auto w, auto a) { return s + pair_products((Vec<int16_t>)w, (Vec<int16_t>)a); });
 #pragma GCC unroll 16
       for (int64_t i = 0; i < rows; ++i) {
@@ -342,7 +358,7 @@ template <class T, int64_t panels, int64_t rows = kTileRows>
 void column(int64_t m, Operands<T> o, int64_t width) {
   for (; m >= rows; m -= rows) {
     tile<T, rows, panels>(o, width);
-    o.q += rows * o.padded;
+    o.q += rows * o.q_row;
     o.row_sum += rows;
     o.inverse_scale += rows;
     o.y += rows * o.y_row;
@@ -360,26 +376,26 @@ void narrow_column(int64_t m, const Operands<T>& o, int64_t width) {
 }
 
 #if defined(__AMX_TILE__)
-template <class T>
 void gemm_tiles(int64_t m, int64_t n, int64_t k, const int8_t* q, const int32_t* row_sum,
-                const T* inverse_scale, const uint8_t* packed, T gamma, T* y, int64_t y_row) {
+                const float* inverse_scale, const uint8_t* packed, float gamma, float* y, int64_t y_row) {
   const int64_t groups = round_up(k, kGroup) / kGroup;
-  for_tile_blocks<SignedTimesUnsigned>(
-      m, (n + kOutputs - 1) / kOutputs, groups,
-      [&](int64_t i, int64_t rows, int64_t p, int64_t count, int32_t* to, int64_t to_row) {
-        pack_tiles(reinterpret_cast<const int32_t*>(q) + i * groups + p, groups, /*column=*/1, rows, count,
-                   to, to_row);
+  tile_gemm<SignedTimesUnsigned>(
+      {y, m, n, y_row, /*accumulate=*/false}, groups,
+      [=](int64_t i, int64_t rows, int64_t p, int64_t count, int32_t* buffer) -> TileRows {
+        const int64_t row = quantized_width(k) / kGroup;
+        const int32_t* const first = reinterpret_cast<const int32_t*>(q) + i * row + p;
+        if (rows % kTile == 0) return {first, row};
+        const int64_t to_row = round_up(count, kTile);
+        for (int64_t r = 0; r < rows; r += kTile) {
+          pack_tile_rows(first + r * row, row, rows - r, count, buffer + r * to_row, to_row);
+        }
+        return {buffer, to_row};
       },
       reinterpret_cast<const int32_t*>(packed), groups,
-      [&](int64_t i, int64_t panel, int64_t rows, int64_t panels, const int32_t* sums) {
-        for (int64_t r = 0; r < rows; ++r) {
-          const T factor = gamma * inverse_scale[i + r];
-          for (int64_t v = 0; v < panels; ++v) {
-            const int64_t column = (panel + v) * kOutputs;
-            store_scaled(y + (i + r) * y_row + column, load(sums + r * kBlock + v * kTile) - row_sum[i + r],
-                         factor, n - column);
-          }
-        }
+      [=](int64_t i) {
+        const float factor = gamma * inverse_scale[i];
+        const int32_t bias = row_sum[i];
+        return [=](Vec<int32_t> sums) { return __builtin_convertvector(sums - bias, Vec<float>) * factor; };
       });
 }
 #endif
@@ -388,14 +404,17 @@ template <class T>
 void gemm(int64_t m, int64_t n, int64_t k, const int8_t* q, const int32_t* row_sum, const T* inverse_scale,
           const uint8_t* packed, T gamma, T* y, int64_t y_row) {
 #if defined(__AMX_TILE__)
-  if (m >= kFewestTileRows) {
-    return gemm_tiles(m, n, k, q, row_sum, inverse_scale, packed, gamma, y, y_row);
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (m >= kFewestTileRows) {
+      return gemm_tiles(m, n, k, q, row_sum, inverse_scale, packed, gamma, y, y_row);
+    }
   }
 #endif
-  Operands<T> o = {round_up(k, kGroup), q, row_sum, inverse_scale, packed, gamma, y, y_row};
+  Operands<T> o = {
+      round_up(k, kGroup), q, quantized_width(k), row_sum, inverse_scale, packed, gamma, y, y_row};
   for (int64_t width = n; width > 0; width -= kTilePanels * kOutputs) {
     narrow_column<T, kTilePanels>(m, o, width);
-    o.packed += kTilePanels * kOutputs * o.padded;
+    o.packed += kTilePanels * kOutputs * o.depth;
     o.y += kTilePanels * kOutputs;
   }
 }

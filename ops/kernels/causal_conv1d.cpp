@@ -106,10 +106,11 @@ void causal_conv1d(const Conv1d& conv, int64_t rows, const typename Product::Fac
 void causal_conv1d_tiles(const Conv1d& conv, int64_t rows, const int32_t* x, int64_t x_row,
                          const int32_t* packed, float* y, int64_t y_row) {
   const int64_t depth = (conv.last - conv.first) * conv.in;
-  for_tile_blocks<Bfloat16Pairs>(
-      rows, (conv.out + kTile - 1) / kTile, depth,
-      [&](int64_t i, int64_t count, int64_t p, int64_t groups, int32_t* to, int64_t to_row) {
-        const int64_t tap = p / conv.in, first = p % conv.in;
+  tile_gemm<Bfloat16Pairs>(
+      {y, rows, conv.out, y_row, /*accumulate=*/false}, depth,
+      [&](int64_t i, int64_t count, int64_t p, int64_t groups, int32_t* buffer) -> TileRows {
+        const int64_t tap = p / conv.in, first = p % conv.in, to_row = round_up(groups, kTile);
+        int32_t* to = buffer;
         for (int64_t r = 0; r < count; ++r, to += to_row) {
           const int32_t* from = x + (i + r + tap * conv.dilation) * x_row;
           // What a vector holds beyond its tap is zero, and gives way to the next tap, or row.
@@ -125,17 +126,10 @@ void causal_conv1d_tiles(const Conv1d& conv, int64_t rows, const int32_t* x, int
         for (int64_t r = count; r < round_up(count, kTile); ++r, to += to_row) {
           for (int64_t at = 0; at < to_row; at += kTile) store(to + at, Vec<int32_t>{});
         }
+        return {buffer, to_row};
       },
       packed + conv.first * conv.in * kTile, conv.taps * conv.in,
-      [&](int64_t i, int64_t panel, int64_t count, int64_t panels, const int32_t* sums) {
-        for (int64_t r = 0; r < count; ++r) {
-          for (int64_t v = 0; v < panels; ++v) {
-            const int64_t o = (panel + v) * kTile;
-            store_up_to<float>(y + (i + r) * y_row + o, (Vec<float>)load(sums + r * kBlock + v * kTile),
-                               conv.out - o);
-          }
-        }
-      });
+      [=](int64_t) { return [](Vec<int32_t> sums) { return (Vec<float>)sums; }; });
 }
 #endif
 

@@ -126,24 +126,22 @@ inline void store_product(float* c, Vec<float> sum, float alpha, int64_t n, bool
 void gemm(int64_t m, int64_t n, int64_t depth, PairRows a, const int32_t* packed, float alpha, float* c,
           int64_t c_row, bool accumulate) {
   const int64_t pairs = (depth + 1) / 2;
-  for_tile_blocks<Bfloat16Pairs>(
-      m, (n + kPanel - 1) / kPanel, pairs,
-      [&](int64_t i, int64_t rows, int64_t p, int64_t count, int32_t* to, int64_t to_row) {
+  tile_gemm<Bfloat16Pairs>(
+      {c, m, n, c_row, accumulate}, pairs,
+      [=](int64_t i, int64_t rows, int64_t p, int64_t count, int32_t* buffer) -> TileRows {
+        const int64_t to_row = round_up(count, kTile);
         for (int64_t r = 0; r < rows; r += kTile) {
-          pack_tiles(a.first + (i + r) / kPanel * a.strip + p * a.column, a.row, a.column,
-                     min_of(kTile, rows - r), count, to + r * to_row, to_row);
-        }
-      },
-      packed, pairs,
-      [&](int64_t i, int64_t panel, int64_t rows, int64_t panels, const int32_t* sums) {
-        for (int64_t r = 0; r < rows; ++r) {
-          for (int64_t v = 0; v < panels; ++v) {
-            const int64_t column = (panel + v) * kPanel;
-            store_product(c + (i + r) * c_row + column, (Vec<float>)load(sums + r * kBlock + v * kTile),
-                          alpha, n - column, accumulate);
+          const int32_t* const from = a.first + (i + r) / kPanel * a.strip + p * a.column;
+          int32_t* const to = buffer + r * to_row;
+          if (a.column == 1) {
+            pack_tile_rows(from, a.row, rows - r, count, to, to_row);
+          } else {
+            pack_tile_columns(from, a.column, count, to, to_row);
           }
         }
-      });
+        return {buffer, to_row};
+      },
+      packed, pairs, [=](int64_t) { return [=](Vec<int32_t> sums) { return alpha * (Vec<float>)sums; }; });
 }
 #else
 void gemm(int64_t m, int64_t n, int64_t depth, PairRows a, const int32_t* packed, float alpha, float* c,

@@ -18,9 +18,14 @@ constexpr int64_t kGroup = 4;
 constexpr int64_t kTileRows = kRegisters == 32 && kPanel >= 8 ? 8 : 4;
 constexpr int64_t kTilePanels = kRegisters == 16 ? 2 : kTileRows == 8 ? 3 : 4;
 static_assert(kPanel % kTileRows == 0, "a tile stays within one strip of A");
-// Where dot4 reads its first operand as unsigned, A is stored as a + 128, and a panel of B begins with what
-// that adds to its sums, negated. The int32 sums hold a depth of 2^31 / (255 * 128) = 65,793 at least.
+// Where dot4 reads its first operand as unsigned, which tiles do not, A is stored as a + 128, and a panel of
+// B begins with what that adds to its sums, negated. The int32 sums hold a depth of 2^31 / (255 * 128) =
+// 65,793 at least.
+#if defined(__AMX_TILE__)
+constexpr int32_t kBias = 0;
+#else
 constexpr int32_t kBias = kDot4Unsigned ? 128 : 0;
+#endif
 
 inline int64_t groups_of(int64_t depth) { return (depth + kGroup - 1) / kGroup; }
 
@@ -98,24 +103,20 @@ inline void store_product(float* c, Vec<int32_t> sum, float scale, int64_t n, bo
 void gemm(int64_t m, int64_t n, int64_t depth, const int32_t* strips, const float* scale,
           const int32_t* packed, float* c, int64_t c_row, bool accumulate) {
   const int64_t groups = groups_of(depth), panel_size = groups + 1;
-  for_tile_blocks<UnsignedTimesSigned>(
-      m, (n + kPanel - 1) / kPanel, groups,
-      [&](int64_t i, int64_t rows, int64_t p, int64_t count, int32_t* to, int64_t to_row) {
+  tile_gemm<SignedTimesSigned>(
+      {c, m, n, c_row, accumulate}, groups,
+      [=](int64_t i, int64_t rows, int64_t p, int64_t count, int32_t* buffer) -> TileRows {
+        const int64_t to_row = round_up(count, kTile);
         for (int64_t r = 0; r < rows; r += kTile) {
-          pack_tiles(strips + (i + r) * groups + p * kPanel, /*row=*/1, /*column=*/kPanel,
-                     min_of(kTile, rows - r), count, to + r * to_row, to_row);
+          pack_tile_columns(strips + (i + r) * groups + p * kPanel, kPanel, count, buffer + r * to_row,
+                            to_row);
         }
+        return {buffer, to_row};
       },
       packed + kPanel, panel_size,
-      [&](int64_t i, int64_t panel, int64_t rows, int64_t panels, const int32_t* sums) {
-        for (int64_t v = 0; v < panels; ++v) {
-          const int64_t column = (panel + v) * kPanel;
-          const Vec<int32_t> bias = load(packed + (panel + v) * panel_size * kPanel);
-          for (int64_t r = 0; r < rows; ++r) {
-            store_product(c + (i + r) * c_row + column, bias + load(sums + r * kBlock + v * kTile),
-                          scale[i + r], n - column, accumulate);
-          }
-        }
+      [=](int64_t i) {
+        const float factor = scale[i];
+        return [=](Vec<int32_t> sums) { return __builtin_convertvector(sums, Vec<float>) * factor; };
       });
 }
 #else

@@ -23,6 +23,10 @@ struct Conv1d {
   int64_t first = 0, last = taps;
 };
 
+/// Bytes of a row of k int8 values: whole lines of the cache, so that AMX's tiles can read rows where they
+/// are. Rows, and packed weights, are read fastest from an address that is a multiple of 64.
+constexpr int64_t quantized_width(int64_t k) { return (k + 63) / 64 * 64; }
+
 /// Pairs of bfloat16, neighbours along the depth, lower half first: pair p of row i is
 /// first[i / bf16_panel * strip + i % bf16_panel * row + p * column].
 struct PairRows {
@@ -86,8 +90,8 @@ struct Table {
   void (*ternary_codes)(int64_t n, const T* w, T bound, int8_t* codes);
 
   /// Rows of x (rows, k) to int8: s = 127 / max(max|x|, smallest), q = round(s x), ties to even, in
-  /// [-127, 127]. q (rows, round_up(k, 4)) is padded with zeros; inverse_scale (rows) = 1 / s; row_sum (rows)
-  /// = sum of q. A row with an infinity or a NaN gets q = 0 and inverse_scale = NaN.
+  /// [-127, 127]. q (rows, quantized_width(k)) is padded with zeros; inverse_scale (rows) = 1 / s; row_sum
+  /// (rows) = sum of q. A row with an infinity or a NaN gets q = 0 and inverse_scale = NaN.
   void (*quantize_rows)(int64_t rows, int64_t k, const T* x, T smallest, int8_t* q, T* inverse_scale,
                         int32_t* row_sum);
 
@@ -301,9 +305,9 @@ struct Table {
   void (*sum_table_gemm)(int64_t m, int64_t n, int64_t k, const T* x, int64_t x_row, const uint8_t* packed,
                          T gamma, T* y, int64_t y_row, void* workspace);
 
-  /// As ternary_gemm, with the same bits, by additions of int16: for rows q in [-127, 127], round_up(k, 4)
-  /// apart, and codes packed by sum_table_pack. Null where ternary_gemm is as fast, and in float64. Rows are
-  /// computed kVectorBytes / 2 at a time, for the price of all of them.
+  /// As ternary_gemm, with the same bits, by additions of int16: for rows q in [-127, 127] and codes packed
+  /// by sum_table_pack. Null where ternary_gemm is as fast, and in float64. Rows are computed kVectorBytes /
+  /// 2 at a time, for the price of all of them.
   int64_t (*sum_table_int8_workspace_size)(int64_t n, int64_t k);
   void (*sum_table_gemm_int8)(int64_t m, int64_t n, int64_t k, const int8_t* q, const T* inverse_scale,
                               const uint8_t* packed, T gamma, T* y, int64_t y_row, void* workspace);

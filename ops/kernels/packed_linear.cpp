@@ -135,6 +135,7 @@ template <class T>
 struct Operands {
   int64_t n, lines;
   const int8_t* q;
+  int64_t q_row;
   const int32_t* row_sum;
   const T* inverse_scale;
   const uint8_t* packed;
@@ -184,7 +185,7 @@ __attribute__((noinline)) void tile(const Operands<T>& o, int64_t first) {
 #pragma GCC unroll 8
         for (int64_t r = 0; r < rows; ++r) {
           int32_t four;
-          memcpy(&four, o.q + (r * o.lines + l) * kGroup, sizeof four);
+          memcpy(&four, o.q + r * o.q_row + l * kGroup, sizeof four);
           const Vec<int32_t> q = broadcast(four);
 #pragma GCC unroll 8
           for (int64_t j = 0; j < kFields; ++j) part[r][s][j] = add_products(part[r][s][j], w[j], q);
@@ -245,7 +246,8 @@ template <class T>
 void gemm(int64_t m, int64_t n, int64_t k, const int8_t* q, const int32_t* row_sum, const T* inverse_scale,
           const uint8_t* packed, T gamma, T* y, int64_t y_row) {
   const int64_t slices = (n + kLine - 1) / kLine * kSlices;
-  const Operands<T> all = {n, lines_of(k), q, row_sum, inverse_scale, packed, gamma, y, y_row};
+  const Operands<T> all = {n,     lines_of(k), q,    quantized_width(k), row_sum, inverse_scale, packed,
+                           gamma, y,           y_row};
   if (m == 1) {
     // Several slices at a time, to have enough additions under way to hide their latency; so never a last one
     // alone if there are more.
@@ -263,7 +265,7 @@ void gemm(int64_t m, int64_t n, int64_t k, const int8_t* q, const int32_t* row_s
       const int64_t tiles = (left + kTileRows - 1) / kTileRows;
       rows = (left + tiles - 1) / tiles;  // as even as can be: a tile of few rows is slow
       tile_of<T, kTileRows, 1>(rows, 1, o, slice);
-      o.q += rows * o.lines * kGroup;
+      o.q += rows * o.q_row;
       o.row_sum += rows;
       o.inverse_scale += rows;
       o.y += rows * y_row;

@@ -461,7 +461,7 @@ void gemm_int8(int64_t m, int64_t n, int64_t k, const int8_t* q, const float* in
   int16_t* partial = reinterpret_cast<int16_t*>(aligned + at.partial);
   int32_t* sums = reinterpret_cast<int32_t*>(aligned + at.sums);
   int32_t* turned = reinterpret_cast<int32_t*>(aligned + at.groups);
-  const int64_t row_groups = divide_up(k, kGroup);
+  const int64_t row_groups = quantized_width(k) / kGroup;
   for (int64_t t = 0; t < kTables; ++t) store(tables + t * kSums * kInt16Lanes, Vec<int16_t>{});
   for (int64_t r = 0; r < m; r += kInt16Lanes) {
     const int64_t rows = min_of(kInt16Lanes, m - r);

@@ -58,11 +58,13 @@ inline void store(T* p, Vec<T> v) {
 
 #if defined(__AVX512F__)
 template <class T>
-constexpr bool kMaskedMoves = sizeof(T) == 4 || sizeof(T) == 8;
+constexpr bool kMaskedMoves = sizeof(T) != 2;
 template <class T>
 inline Vec<T> masked_load(const T* p, int64_t n) {
-  const unsigned mask = (1u << n) - 1;
-  if constexpr (sizeof(T) == 4) {
+  const uint64_t mask = (uint64_t{1} << n) - 1;
+  if constexpr (sizeof(T) == 1) {
+    return reinterpret_cast<Vec<T>>(_mm512_maskz_loadu_epi8(mask, p));
+  } else if constexpr (sizeof(T) == 4) {
     return reinterpret_cast<Vec<T>>(_mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), p));
   } else {
     return reinterpret_cast<Vec<T>>(_mm512_maskz_loadu_pd(static_cast<__mmask8>(mask), p));
@@ -70,8 +72,10 @@ inline Vec<T> masked_load(const T* p, int64_t n) {
 }
 template <class T>
 inline void masked_store(T* p, Vec<T> v, int64_t n) {
-  const unsigned mask = (1u << n) - 1;
-  if constexpr (sizeof(T) == 4) {
+  const uint64_t mask = (uint64_t{1} << n) - 1;
+  if constexpr (sizeof(T) == 1) {
+    _mm512_mask_storeu_epi8(p, mask, reinterpret_cast<__m512i>(v));
+  } else if constexpr (sizeof(T) == 4) {
     _mm512_mask_storeu_ps(p, static_cast<__mmask16>(mask), reinterpret_cast<__m512>(v));
   } else {
     _mm512_mask_storeu_pd(p, static_cast<__mmask8>(mask), reinterpret_cast<__m512d>(v));

@@ -35,8 +35,8 @@ std::vector<T> normal(int64_t n, uint32_t seed) {
 template <class T>
 void require_product(const Table<T>& t, int64_t m, int64_t n, int64_t k, const std::vector<int8_t>& q,
                      const std::vector<int8_t>& codes) {
-  const int64_t padded = round_up(k, 4), y_row = n + 3;
-  std::vector<uint8_t> packed(round_up(n, t.ternary_panel) * padded + 1, 77);
+  const int64_t padded = quantized_width(k), y_row = n + 3;
+  std::vector<uint8_t> packed(round_up(n, t.ternary_panel) * round_up(k, 4) + 1, 77);
   t.ternary_pack(n, k, codes.data() + 1, packed.data() + 1);
   std::vector<int8_t> rows(m * padded + 1);
   std::vector<int32_t> row_sum(m);
@@ -190,8 +190,8 @@ TEST_CASE("ternary codes follow the bound at every length", "[bit_linear]") {
 TEST_CASE("quantize_rows rounds ties to even, pads and sums at every length", "[bit_linear]") {
   for_each_table([](const auto& t) {
     using T = decltype(element_of(t));
-    for (int64_t k = 1; k <= 70; ++k) {
-      const int64_t rows = 3, padded = round_up(k, 4);
+    for (int64_t k = 1; k <= 140; ++k) {
+      const int64_t rows = 3, padded = quantized_width(k);
       auto x = normal<T>(rows * k + 1, 8);
       std::vector<int8_t> q(rows * padded, 99), want(rows * padded);
       std::vector<T> inverse(rows), a(rows * k);
@@ -230,13 +230,13 @@ TEST_CASE("quantize_rows: tiny rows have a bounded scale, broken rows stay broke
         x[k + at] = T(-3);  // row 1 is alone with its maximum
         x[2 * k + at] = -infinity;
         x[3 * k + at] = nan;
-        std::vector<int8_t> q(5 * round_up(k, 4), 99);
+        std::vector<int8_t> q(5 * quantized_width(k), 99);
         std::vector<T> inverse(5);
         std::vector<int32_t> sum(5);
         t.quantize_rows(5, k, x.data(), 1e-5f, q.data(), inverse.data(), sum.data());
         REQUIRE(sum == std::vector<int32_t>{13, -127, 0, 0, 0});
         REQUIRE(q[at] == 13);
-        REQUIRE(q[round_up(k, 4) + at] == -127);
+        REQUIRE(q[quantized_width(k) + at] == -127);
         REQUIRE(inverse[0] == Approx(1e-5 / 127));
         REQUIRE(std::isnan(inverse[2]));
         REQUIRE(std::isnan(inverse[3]));

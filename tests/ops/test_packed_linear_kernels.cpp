@@ -27,7 +27,7 @@ std::vector<int8_t> integers(int64_t n, int low, int high, uint32_t seed) {
 template <class T>
 void require_product(const Table<T>& t, int64_t m, int64_t n, int64_t k, const std::vector<int8_t>& q,
                      const std::vector<int8_t>& codes, const std::vector<int64_t>& sums) {
-  const int64_t padded = round_up(k, 4), y_row = n + 3;
+  const int64_t padded = quantized_width(k), y_row = n + 3;
   std::vector<uint8_t> packed(packed_size(n, k) + 1);
   t.packed_pack(n, k, codes.data(), packed.data() + 1);
   std::vector<int8_t> rows(m * padded + 1);
@@ -138,7 +138,7 @@ TEST_CASE("packed_gemm does not wrap on extreme inputs", "[packed_linear]") {
 TEST_CASE("packed_gemm gives ternary_gemm's bits", "[packed_linear]") {
   for_each_table([](const auto& t) {
     using T = decltype(element_of(t));
-    const int64_t m = 5, n = 70, k = 683, padded = round_up(k, 4);
+    const int64_t m = 5, n = 70, k = 683, padded = quantized_width(k);
     std::mt19937 generator(4);
     std::vector<T> x(m * k), inverse_scale(m), got(m * n), want(m * n);
     for (T& value : x) value = (static_cast<T>(generator() % 20001) - T(10000)) / T(3000);
@@ -146,7 +146,7 @@ TEST_CASE("packed_gemm gives ternary_gemm's bits", "[packed_linear]") {
     std::vector<int32_t> row_sum(m);
     t.quantize_rows(m, k, x.data(), 1e-5f, q.data(), inverse_scale.data(), row_sum.data());
     const auto codes = integers(n * k, -1, 1, 5);
-    std::vector<uint8_t> packed(packed_size(n, k)), panels(round_up(n, t.ternary_panel) * padded);
+    std::vector<uint8_t> packed(packed_size(n, k)), panels(round_up(n, t.ternary_panel) * round_up(k, 4));
     t.packed_pack(n, k, codes.data(), packed.data());
     t.ternary_pack(n, k, codes.data(), panels.data());
     t.packed_gemm(m, n, k, q.data(), row_sum.data(), inverse_scale.data(), packed.data(), T(0.037),

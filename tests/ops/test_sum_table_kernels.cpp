@@ -93,18 +93,20 @@ void require_exact(const Table<T>& t, int64_t m, int64_t n, int64_t k, const std
           triple_loop(m, n, k, x.data() + 1, x_row, codes, gamma));
 }
 
-/// sum_table_gemm_int8 against the triple loop, where the level has it. q (m, round_up(k, 4)).
+/// sum_table_gemm_int8 against the triple loop, where the level has it. q (m, quantized_width(k)), of which
+/// what is beyond k is taken as zero.
 void require_int8(const Table<float>& t, int64_t m, int64_t n, int64_t k, const std::vector<int8_t>& q,
                   const std::vector<int8_t>& codes) {
   if (t.sum_table_gemm_int8 == nullptr) return;
-  const int64_t padded = (k + 3) / 4 * 4, size = t.sum_table_int8_workspace_size(n, k);
+  const int64_t padded = quantized_width(k), size = t.sum_table_int8_workspace_size(n, k);
   const float gamma = 0.37f;
   const std::vector<float> inverse_scale = normal<float>(m, 3);
   Packed<float> packed(t, n, k, codes);
   std::vector<uint8_t> workspace(1 + size + kGuard, 77);
   std::vector<float> y(1 + m * (n + 2), -5), want = y;
   // Just the rows, so that reading past them is found by the sanitizers.
-  const std::vector<int8_t> rows(q.begin(), q.begin() + m * padded);
+  std::vector<int8_t> rows(q.begin(), q.begin() + m * padded);
+  for (int64_t i = 0; i < m * padded; ++i) rows[i] = i % padded < k ? rows[i] : int8_t{0};
   t.sum_table_gemm_int8(m, n, k, rows.data(), inverse_scale.data(), packed.data(), gamma, y.data() + 1, n + 2,
                         workspace.data() + 1);
   for (int64_t i = 0; i < m; ++i) {
@@ -143,7 +145,8 @@ TEST_CASE("sum_table of int8 rows does not wrap on extreme inputs", "[sum_table]
       for (int64_t k : {256, 512, 5000}) {
         for (int sign : {-1, 1}) {
           for (int value : {-127, 127}) {
-            require_int8(t, 17, 9, k, std::vector<int8_t>(17 * k, static_cast<int8_t>(value)),
+            require_int8(t, 17, 9, k,
+                         std::vector<int8_t>(17 * quantized_width(k), static_cast<int8_t>(value)),
                          std::vector<int8_t>(9 * k, static_cast<int8_t>(sign)));
           }
         }
