@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The public operator is a composite over _bit_linear_forward, which also returns the int8 rows that the
-// backward pass needs. Rows are normed, quantized and multiplied a block at a time, in cache.
+// The public operator is a composite over _bit_linear_forward, which also returns the int8 rows that a
+// backward pass needs, if there will be one. Rows are normed, quantized and multiplied a block at a time, in
+// cache.
 #include "ops/bit_linear.h"
 
 #include "ops/common.h"
@@ -15,7 +16,7 @@ TORCH_LIBRARY_FRAGMENT(flashlm, m) {
       {at::Tag::pt2_compliant_tag});
   m.def(
       "_bit_linear_forward(Tensor x, Tensor weight, Tensor? norm_scale, str quantizer, str activation, "
-      "float eps, str gradient) -> (Tensor y, Tensor q, Tensor inverse_scale)",
+      "float eps, str gradient, bool with_rows) -> (Tensor y, Tensor q, Tensor inverse_scale)",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "_bit_linear_backward(Tensor grad_y, Tensor? x, Tensor? q, Tensor? inverse_scale, Tensor weight, "
@@ -40,11 +41,11 @@ using ThreeTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
 ThreeTensors forward(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& norm_scale,
                      std::string_view quantizer, std::string_view activation, double eps,
-                     std::string_view gradient) {
+                     std::string_view gradient, bool with_rows) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("flashlm::_bit_linear_forward", "")
                              .typed<decltype(forward)>();
-  return op.call(x, weight, norm_scale, quantizer, activation, eps, gradient);
+  return op.call(x, weight, norm_scale, quantizer, activation, eps, gradient, with_rows);
 }
 
 ThreeTensors backward(const at::Tensor& grad_y, const OptionalTensor& x, const OptionalTensor& q,
@@ -62,7 +63,12 @@ ThreeTensors backward(const at::Tensor& grad_y, const OptionalTensor& x, const O
 at::Tensor composite(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& norm_scale,
                      std::string_view quantizer, std::string_view activation, double eps,
                      std::string_view gradient) {
-  return std::get<0>(forward(x, weight, norm_scale, quantizer, activation, eps, gradient));
+  // Without a norm the backward reads the int8 rows, a quarter of x, which may then be freed. With one it
+  // needs x itself, and quantizes again.
+  const bool needs_gradient = at::GradMode::is_enabled() && (x.requires_grad() || weight.requires_grad());
+  const bool with_rows =
+      needs_gradient && parse_activation("bit_linear", activation) && !norm_scale.has_value();
+  return std::get<0>(forward(x, weight, norm_scale, quantizer, activation, eps, gradient, with_rows));
 }
 
 /// What the products of the backward multiply.
@@ -106,14 +112,14 @@ void check_arguments(const at::Tensor& x, const at::Tensor& weight, const Option
 /// Checks the arguments and makes the outputs: the Meta kernel, and the CPU kernel's first line.
 ThreeTensors new_outputs(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& norm_scale,
                          std::string_view quantizer, std::string_view activation, double eps,
-                         std::string_view gradient) {
+                         std::string_view gradient, bool with_rows) {
   check_arguments(x, weight, norm_scale, quantizer, activation, eps, gradient);
+  TORCH_CHECK(!with_rows || (parse_activation("bit_linear", activation) && !norm_scale),
+              "_bit_linear_forward: with_rows needs activation 'int8' and no norm_scale");
   auto shape = x.sym_sizes().vec();
   shape.back() = weight.sym_size(0);
   const at::Tensor y = x.new_empty_symint(shape);
-  // What the backward reads instead of x. With a norm it needs x itself, and quantizes again.
-  const bool keeps_int8 = parse_activation("bit_linear", activation) && !norm_scale;
-  const c10::SymInt in = weight.sym_size(1), rows = keeps_int8 ? x.sym_numel() / in : c10::SymInt(0);
+  const c10::SymInt in = weight.sym_size(1), rows = with_rows ? x.sym_numel() / in : c10::SymInt(0);
   return {y, x.new_empty_symint({rows, (in + 63) / 64 * 64}, x.options().dtype(at::kChar)),
           x.new_empty_symint({rows}, x.options().dtype(compute_dtype(x)))};
 }
@@ -274,8 +280,8 @@ void forward_float(const Inputs& in, const at::Tensor& weight, T* y) {
 
 ThreeTensors forward_cpu(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& norm_scale,
                          std::string_view quantizer, std::string_view activation, double eps,
-                         std::string_view gradient) {
-  auto out = new_outputs(x, weight, norm_scale, quantizer, activation, eps, gradient);
+                         std::string_view gradient, bool with_rows) {
+  auto out = new_outputs(x, weight, norm_scale, quantizer, activation, eps, gradient, with_rows);
   auto& [y, q, inverse_scale] = out;
   if (x.numel() == 0 || y.numel() == 0) {
     q.zero_();
@@ -591,16 +597,14 @@ struct BitLinear : torch::autograd::Function<BitLinear> {
   static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx, const at::Tensor& x,
                                                 const at::Tensor& weight, const OptionalTensor& norm_scale,
                                                 const std::string& quantizer, const std::string& activation,
-                                                double eps, const std::string& gradient) {
+                                                double eps, const std::string& gradient, bool with_rows) {
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [y, q, inverse_scale] =
-        flashlm::forward(x, weight, norm_scale, quantizer, activation, eps, gradient);
+        flashlm::forward(x, weight, norm_scale, quantizer, activation, eps, gradient, with_rows);
     ctx->mark_non_differentiable({q, inverse_scale});
     ctx->set_materialize_grads(false);  // else backward gets zeros of q's size
-    // The int8 rows are a quarter of x, which may then be freed.
-    const bool keeps_x = activation != "int8" || norm_scale.has_value();
-    ctx->save_for_backward({keeps_x ? x : at::Tensor(), keeps_x ? at::Tensor() : q,
-                            keeps_x ? at::Tensor() : inverse_scale, weight,
+    ctx->save_for_backward({with_rows ? at::Tensor() : x, with_rows ? q : at::Tensor(),
+                            with_rows ? inverse_scale : at::Tensor(), weight,
                             norm_scale.value_or(at::Tensor())});
     ctx->saved_data["quantizer"] = quantizer;
     ctx->saved_data["activation"] = activation;
@@ -611,7 +615,7 @@ struct BitLinear : torch::autograd::Function<BitLinear> {
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  const torch::autograd::variable_list& grads) {
-    if (!grads[0].defined()) return torch::autograd::variable_list(7);
+    if (!grads[0].defined()) return torch::autograd::variable_list(8);
     const auto saved = ctx->get_saved_variables();
     const auto optional = [&](size_t i) {
       return saved[i].defined() ? OptionalTensor(saved[i]) : std::nullopt;
@@ -623,15 +627,15 @@ struct BitLinear : torch::autograd::Function<BitLinear> {
         data["quantizer"].toStringView(), data["activation"].toStringView(), data["eps"].toDouble(),
         data["gradient"].toStringView(),
         {ctx->needs_input_grad(0), ctx->needs_input_grad(1), saved[4].defined() && ctx->needs_input_grad(2)});
-    return {grad_x, grad_weight, grad_norm_scale, no_grad(), no_grad(), no_grad(), no_grad()};
+    return {grad_x, grad_weight, grad_norm_scale, no_grad(), no_grad(), no_grad(), no_grad(), no_grad()};
   }
 };
 
 ThreeTensors forward_autograd(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& norm_scale,
                               std::string_view quantizer, std::string_view activation, double eps,
-                              std::string_view gradient) {
+                              std::string_view gradient, bool with_rows) {
   auto out = BitLinear::apply(x, weight, norm_scale, std::string(quantizer), std::string(activation), eps,
-                              std::string(gradient));
+                              std::string(gradient), with_rows);
   return {out[0], out[1], out[2]};
 }
 
