@@ -275,6 +275,29 @@ TEST_CASE("bit_linear keeps int8 rows for its backward, not x", "[bit_linear]") 
   }
 }
 
+TEST_CASE("_bit_linear_forward without rows has the gradients that it has with them", "[bit_linear]") {
+  const auto forward = c10::Dispatcher::singleton()
+                           .findSchemaOrThrow("flashlm::_bit_linear_forward", "")
+                           .typed<std::tuple<at::Tensor, at::Tensor, at::Tensor>(
+                               const at::Tensor&, const at::Tensor&, const OptionalTensor&, std::string_view,
+                               std::string_view, double, std::string_view, bool)>();
+  const auto run = [&](const Tensors& t, std::string_view activation, bool with_rows) {
+    return forward.call(t[0], t[1], std::nullopt, "absmean", activation, 1e-6, "float32", with_rows);
+  };
+  const Tensors inputs = requiring_grad({randn({5, 33}), randn({7, 33}, at::kFloat, 1)});
+  const auto [y, q, inverse_scale] = run(inputs, "int8", false);
+  REQUIRE(q.size(0) == 0);
+  REQUIRE(inverse_scale.size(0) == 0);
+  REQUIRE(std::get<1>(run(inputs, "int8", true)).sizes() == at::IntArrayRef({5, 64}));
+  const auto gradients_of = [&](bool with_rows) {
+    return gradients([&](const Tensors& t) { return std::get<0>(run(t, "int8", with_rows)); }, inputs);
+  };
+  const Tensors got = gradients_of(false), want = gradients_of(true);
+  for (size_t i = 0; i < want.size(); ++i) require_equal(got[i], want[i]);
+  require_error([&] { run(inputs, "none", true); },
+                "_bit_linear_forward: with_rows needs activation 'int8' and no norm_scale");
+}
+
 TEST_CASE("bit_linear never multiplies by weights of the past", "[bit_linear]") {
   const at::Tensor x = randn({5, 40});
   for (const auto& mode : modes()) {
