@@ -133,12 +133,12 @@ const void* TernaryWeights<T>::packed(TernaryLayout layout, const at::Tensor& we
   if (packed.data == nullptr) {
     const at::Tensor w = kernel_input(weight, weight);
     const int64_t n = w.size(0), k = w.size(1);
-    std::vector<int8_t> codes(n * k);
+    Scratch<int8_t> codes(n * k);
     at::parallel_for(0, n, row_grain(k), [&](int64_t begin, int64_t end) {
       kernels::table<T>().ternary_codes((end - begin) * k, w.const_data_ptr<T>() + begin * k, scale_.bound,
-                                        codes.data() + begin * k);
+                                        codes.data + begin * k);
     });
-    packed = pack<T>(layout, n, k, codes.data());
+    packed = pack<T>(layout, n, k, codes.data);
   }
   return packed.data;
 }

@@ -52,11 +52,12 @@ class TileRegisters {
   TileRegisters& operator=(const TileRegisters&) = delete;
 };
 
-/// A block's rows of A as tiles read them: group p of row i at `first` + i * row + p. A multiple of kTile of
-/// both can be read. B has zeros for groups that A does not have, so those may be any finite numbers.
+/// A block's rows of A as tiles read them: group p of row i at `first` + i * row + p / kTile * step + p %
+/// kTile. A multiple of kTile of both can be read. B has zeros for groups that A does not have, so those may
+/// be any finite numbers.
 struct TileRows {
   const int32_t* first;
-  int64_t row;
+  int64_t row, step = kTile;
 };
 
 /// Copies up to kTile rows of A to `to`, where tiles read them at `to_row`: group p of row i from `from` +
@@ -118,8 +119,8 @@ void tile_block(int64_t whole, TileRows a, const int32_t* b, int64_t b_panel, co
     _tile_zero(2);
     _tile_zero(3);
   }
-  for (int64_t t = 0; t < whole; ++t) step(a.first + t * kTile, b + t * kTileGroups, b_panel);
-  if (rest != nullptr) step(a.first + whole * kTile, rest, kTileGroups);
+  for (int64_t t = 0; t < whole; ++t) step(a.first + t * a.step, b + t * kTileGroups, b_panel);
+  if (rest != nullptr) step(a.first + whole * a.step, rest, kTileGroups);
   _tile_stored(0, sums, kSumBytes);
   if constexpr (kPanels == 2) _tile_stored(1, right, kSumBytes);
   if constexpr (kRows == 2) _tile_stored(2, below, kSumBytes);
@@ -194,6 +195,17 @@ void tile_gemm(const TileOutput& out, int64_t depth, const RowsOf& rows_of, cons
   const int64_t rest = depth % kTile, panels = round_up(out.n, kTile) / kTile;
   // Sums that one pass makes are kept until the next block is written.
   const int64_t kept = depth > kTileDepth ? kStripPanels / 2 : 2;
+  // A block is written after the next rows are packed: a tile's load waits until a store before it is done.
+  TileSums made = {};
+  const auto write_made = [&] {
+    const bool is_edge = made.left == nullptr || made.last;
+    const auto write = [&]<bool kAccumulate>() {
+      is_edge ? write_block<kAccumulate, true>(out, made, values_of)
+              : write_block<kAccumulate, false>(out, made, values_of);
+    };
+    out.accumulate ? write.template operator()<true>() : write.template operator()<false>();
+    made.rows = 0;
+  };
   const TileRegisters registers;
   for (int64_t strip = 0; strip < panels; strip += kStripPanels) {
     const int64_t strip_end = min_of(panels, strip + kStripPanels);
@@ -213,6 +225,7 @@ void tile_gemm(const TileOutput& out, int64_t depth, const RowsOf& rows_of, cons
         asm volatile("" : : : "memory");  // GCC does not know that a tile's load reads memory
         const int32_t* left = nullptr;
         for (int64_t panel = strip; panel < strip_end; panel += 2) {
+          if (made.rows > 0) write_made();
           int32_t* const to = sums[(panel - strip) / 2 % kept];
           const int64_t vectors = min_of(2, strip_end - panel);
           const auto run = [&]<int64_t kRows, int64_t kPanels>() {
@@ -227,21 +240,15 @@ void tile_gemm(const TileOutput& out, int64_t depth, const RowsOf& rows_of, cons
             vectors == 2 ? run.template operator()<1, 2>() : run.template operator()<1, 1>();
           }
           if (p + count == depth) {
-            const TileSums block = {
-                i,    rows, panel * kTile,         min_of(out.n, (panel + vectors) * kTile),
-                left, to,   panel + 2 >= strip_end};
-            const bool is_edge = left == nullptr || block.last;
-            const auto write = [&]<bool kAccumulate>() {
-              is_edge ? write_block<kAccumulate, true>(out, block, values_of)
-                      : write_block<kAccumulate, false>(out, block, values_of);
-            };
-            out.accumulate ? write.template operator()<true>() : write.template operator()<false>();
+            made = {i,    rows, panel * kTile,         min_of(out.n, (panel + vectors) * kTile),
+                    left, to,   panel + 2 >= strip_end};
             left = to;
           }
         }
       }
     }
   }
+  if (made.rows > 0) write_made();
 }
 
 }  // namespace

@@ -102,6 +102,15 @@ void causal_conv1d(const Conv1d& conv, int64_t rows, const typename Product::Fac
 }
 
 #if defined(__AMX_TILE__)
+/// Half a vector from each of two places.
+inline Vec<int32_t> join_halves(const int32_t* low, const int32_t* high) {
+  typedef int32_t Half __attribute__((vector_size(kVectorBytes / 2)));
+  Half a, b;
+  memcpy(&a, low, sizeof a);
+  memcpy(&b, high, sizeof b);
+  return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+}
+
 /// In tiles, whose depth is that of all taps together.
 void causal_conv1d_tiles(const Conv1d& conv, int64_t rows, const int32_t* x, int64_t x_row,
                          const int32_t* packed, float* y, int64_t y_row) {
@@ -109,16 +118,30 @@ void causal_conv1d_tiles(const Conv1d& conv, int64_t rows, const int32_t* x, int
   tile_gemm<Bfloat16Pairs>(
       {y, rows, conv.out, y_row, /*accumulate=*/false}, depth,
       [&](int64_t i, int64_t count, int64_t p, int64_t groups, int32_t* buffer) -> TileRows {
-        const int64_t tap = p / conv.in, first = p % conv.in, to_row = round_up(groups, kTile);
+        const int64_t to_row = round_up(groups, kTile), tap_row = conv.dilation * x_row;
+        const int64_t tap = p / conv.in, first = p % conv.in;
+        const int32_t* from = x + (i + tap * conv.dilation) * x_row;
+        if (to_row == groups && count % kTile == 0) {
+          // A tap fills a tile, or neighbouring taps lie side by side: tiles read them where they are.
+          if (conv.in == kTile) return {from, x_row, tap_row};
+          if (tap_row == conv.in) return {from + first, x_row};
+        }
         int32_t* to = buffer;
-        for (int64_t r = 0; r < count; ++r, to += to_row) {
-          const int32_t* from = x + (i + r + tap * conv.dilation) * x_row;
+        for (int64_t r = 0; r < count; ++r, from += x_row, to += to_row) {
+          if (conv.in == kTile / 2 && to_row == groups) {
+            for (int64_t done = 0; done < groups; done += kTile) {
+              const int32_t* const half = from + done / conv.in * tap_row;
+              store(to + done, join_halves(half, half + tap_row));
+            }
+            continue;
+          }
           // What a vector holds beyond its tap is zero, and gives way to the next tap, or row.
-          for (int64_t done = 0, c = first; done < groups; from += conv.dilation * x_row, c = 0) {
+          const int32_t* at = from;
+          for (int64_t done = 0, c = first; done < groups; at += tap_row, c = 0) {
             const int64_t end = min_of(conv.in, c + groups - done);
             for (; c < end; c += kTile) {
               const int64_t width = min_of(kTile, end - c);
-              store(to + done, load_up_to(from + c, width));
+              store(to + done, load_up_to(at + c, width));
               done += width;
             }
           }
