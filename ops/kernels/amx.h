@@ -6,6 +6,7 @@
 #pragma once
 
 #include "ops/kernels/dot_tile.h"
+#include "ops/kernels/kernels.h"
 
 #if defined(__AMX_TILE__)
 #include <immintrin.h>
@@ -83,6 +84,22 @@ inline void pack_tile_columns(const int32_t* from, int64_t column, int64_t group
 #pragma GCC unroll 16
     for (int64_t i = 0; i < kTile; ++i) store(to + i * to_row + p, square[i]);
   }
+}
+
+/// Rows of A from row i and group p on, copied for tiles to read. A pair is any group of 4 bytes here.
+inline TileRows pack_tiles(const PairRows& a, int64_t i, int64_t rows, int64_t p, int64_t groups,
+                           int32_t* buffer) {
+  const int64_t to_row = round_up(groups, kTile);
+  for (int64_t r = 0; r < rows; r += kTile) {
+    const int32_t* const from = a.first + (i + r) / kTile * a.strip + p * a.column;
+    int32_t* const to = buffer + r * to_row;
+    if (a.column == 1) {
+      pack_tile_rows(from, a.row, rows - r, groups, to, to_row);
+    } else {
+      pack_tile_columns(from, a.column, groups, to, to_row);
+    }
+  }
+  return {buffer, to_row};
 }
 
 /// One block of sums, kRows x kPanels tiles: over `whole` tiles of depth and perhaps one more of B, `rest`.
@@ -225,7 +242,7 @@ void tile_gemm(const TileOutput& out, int64_t depth, const RowsOf& rows_of, cons
         asm volatile("" : : : "memory");  // GCC does not know that a tile's load reads memory
         const int32_t* left = nullptr;
         for (int64_t panel = strip; panel < strip_end; panel += 2) {
-          if (made.rows > 0) write_made();
+          write_made();
           int32_t* const to = sums[(panel - strip) / 2 % kept];
           const int64_t vectors = min_of(2, strip_end - panel);
           const auto run = [&]<int64_t kRows, int64_t kPanels>() {
@@ -248,7 +265,7 @@ void tile_gemm(const TileOutput& out, int64_t depth, const RowsOf& rows_of, cons
       }
     }
   }
-  if (made.rows > 0) write_made();
+  write_made();
 }
 
 }  // namespace

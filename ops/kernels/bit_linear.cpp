@@ -383,13 +383,9 @@ void gemm_tiles(int64_t m, int64_t n, int64_t k, const int8_t* q, const int32_t*
       {y, m, n, y_row, /*accumulate=*/false}, groups,
       [=](int64_t i, int64_t rows, int64_t p, int64_t count, int32_t* buffer) -> TileRows {
         const int64_t row = quantized_width(k) / kGroup;
-        const int32_t* const first = reinterpret_cast<const int32_t*>(q) + i * row + p;
-        if (rows % kTile == 0) return {first, row};
-        const int64_t to_row = round_up(count, kTile);
-        for (int64_t r = 0; r < rows; r += kTile) {
-          pack_tile_rows(first + r * row, row, rows - r, count, buffer + r * to_row, to_row);
-        }
-        return {buffer, to_row};
+        const int32_t* const first = reinterpret_cast<const int32_t*>(q);
+        if (rows % kTile == 0) return {first + i * row + p, row};
+        return pack_tiles({first, row, 1, kTile * row}, i, rows, p, count, buffer);
       },
       reinterpret_cast<const int32_t*>(packed), groups,
       [=](int64_t i) {

@@ -128,18 +128,8 @@ void gemm(int64_t m, int64_t n, int64_t depth, PairRows a, const int32_t* packed
   const int64_t pairs = (depth + 1) / 2;
   tile_gemm<Bfloat16Pairs>(
       {c, m, n, c_row, accumulate}, pairs,
-      [=](int64_t i, int64_t rows, int64_t p, int64_t count, int32_t* buffer) -> TileRows {
-        const int64_t to_row = round_up(count, kTile);
-        for (int64_t r = 0; r < rows; r += kTile) {
-          const int32_t* const from = a.first + (i + r) / kPanel * a.strip + p * a.column;
-          int32_t* const to = buffer + r * to_row;
-          if (a.column == 1) {
-            pack_tile_rows(from, a.row, rows - r, count, to, to_row);
-          } else {
-            pack_tile_columns(from, a.column, count, to, to_row);
-          }
-        }
-        return {buffer, to_row};
+      [=](int64_t i, int64_t rows, int64_t p, int64_t count, int32_t* buffer) {
+        return pack_tiles(a, i, rows, p, count, buffer);
       },
       packed, pairs, [=](int64_t) { return [=](Vec<int32_t> sums) { return alpha * (Vec<float>)sums; }; });
 }

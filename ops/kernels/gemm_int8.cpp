@@ -105,13 +105,8 @@ void gemm(int64_t m, int64_t n, int64_t depth, const int32_t* strips, const floa
   const int64_t groups = groups_of(depth), panel_size = groups + 1;
   tile_gemm<SignedTimesSigned>(
       {c, m, n, c_row, accumulate}, groups,
-      [=](int64_t i, int64_t rows, int64_t p, int64_t count, int32_t* buffer) -> TileRows {
-        const int64_t to_row = round_up(count, kTile);
-        for (int64_t r = 0; r < rows; r += kTile) {
-          pack_tile_columns(strips + (i + r) * groups + p * kPanel, kPanel, count, buffer + r * to_row,
-                            to_row);
-        }
-        return {buffer, to_row};
+      [=](int64_t i, int64_t rows, int64_t p, int64_t count, int32_t* buffer) {
+        return pack_tiles({strips, 1, kPanel, groups * kPanel}, i, rows, p, count, buffer);
       },
       packed + kPanel, panel_size,
       [=](int64_t i) {
