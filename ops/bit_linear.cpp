@@ -224,7 +224,7 @@ void forward_int8(const Inputs& in, const at::Tensor& weight, T* y) {
   const bool by_sum_table = table.sum_table_gemm_int8 != nullptr && in.m >= kFewestTableRows;
   const auto weights = ternary_weights<T>(weight, in.quantizer);
   const auto* packed = static_cast<const uint8_t*>(
-      weights->packed(by_sum_table ? TernaryLayout::kSumTable : TernaryLayout::kInt8, weight));
+      weights->packed(by_sum_table ? TernaryLayout::kFloat : TernaryLayout::kInt8, weight));
   at::parallel_for(0, in.m, kRowBlock, [&](int64_t first, int64_t last) {
     Quantizing<T> quantized(in, kRowBlock);
     Scratch<uint8_t> workspace(by_sum_table ? table.sum_table_int8_workspace_size(in.n, in.k) : 0);
@@ -242,20 +242,20 @@ void forward_int8(const Inputs& in, const at::Tensor& weight, T* y) {
   });
 }
 
-/// y (rows, outputs) = gamma · x (rows, depth) · Qᵀ, or Q transposed, exactly in T, by additions.
+/// y (rows, outputs) = gamma · x (rows, depth) · Qᵀ, or Q transposed, with x as it is.
 template <class T>
-class SumTableProduct {
+class FloatProduct {
  public:
-  SumTableProduct(int64_t outputs, int64_t depth, const void* packed, T gamma)
+  FloatProduct(int64_t outputs, int64_t depth, const void* packed, T gamma)
       : outputs_(outputs),
         depth_(depth),
         packed_(static_cast<const uint8_t*>(packed)),
         gamma_(gamma),
-        workspace_(kernels::table<T>().sum_table_workspace_size(outputs, depth)) {}
+        workspace_(kernels::table<T>().ternary_float_workspace_size(outputs, depth)) {}
 
   void operator()(int64_t rows, const T* x, T* y) {
-    kernels::table<T>().sum_table_gemm(rows, outputs_, depth_, x, depth_, packed_, gamma_, y, outputs_,
-                                       workspace_.data);
+    kernels::table<T>().ternary_float_gemm(rows, outputs_, depth_, x, depth_, packed_, gamma_, y, outputs_,
+                                           workspace_.data);
   }
 
  private:
@@ -268,10 +268,10 @@ class SumTableProduct {
 template <class T>
 void forward_float(const Inputs& in, const at::Tensor& weight, T* y) {
   const auto weights = ternary_weights<T>(weight, in.quantizer);
-  const void* packed = weights->packed(TernaryLayout::kSumTable, weight);
+  const void* packed = weights->packed(TernaryLayout::kFloat, weight);
   at::parallel_for(0, in.m, kRowBlock, [&](int64_t first, int64_t last) {
     NormedRows<T> rows(in, kRowBlock);
-    SumTableProduct<T> product(in.n, in.k, packed, weights->gamma());
+    FloatProduct<T> product(in.n, in.k, packed, weights->gamma());
     for_row_blocks(first, last, kRowBlock, [&](int64_t begin, int64_t end) {
       product(end - begin, rows(begin, end), y + begin * in.n);
     });
@@ -337,7 +337,7 @@ Gradient gradient_of(const Inputs& in) {
 TernaryLayout backward_layout(Gradient gradient) {
   return gradient == Gradient::kInt8       ? TernaryLayout::kInt8Transposed
          : gradient == Gradient::kBfloat16 ? TernaryLayout::kBf16Transposed
-                                           : TernaryLayout::kSumTableTransposed;
+                                           : TernaryLayout::kFloatTransposed;
 }
 
 /// grad_n (rows, K) = grad_y (rows, N) · (gamma Q), for one thread.
@@ -387,7 +387,7 @@ class ProductWithWeights {
   Gradient gradient_;
   const void* packed_;
   T gamma_;
-  std::optional<SumTableProduct<T>> sums_;
+  std::optional<FloatProduct<T>> sums_;
   Scratch<int32_t> pairs_, row_sum_;
   Scratch<int8_t> q_;
   Scratch<T> inverse_scale_;

@@ -38,14 +38,15 @@ namespace flashlm {
 ///               or NEON dot products, and in mode "int8" only.
 ///
 /// Speeds, and what training loses by each (nothing so far), are in docs/results/kernels.md.
-/// Products of Q with floats, in mode "none" and for dn in "float32", are made of additions alone, by tables
-/// of partial sums: exact but for the rounding of sums, whose order is the same on every CPU.
+/// Products of Q with floats, in mode "none" and for dn in "float32", are exact but for the rounding of sums:
+/// made of additions alone, by tables of partial sums, in the same order on every CPU; with AMX of three
+/// bfloat16 parts of each float32, whose products with Q are exact, in another order.
 ///
 /// Between forward and backward are kept: q and 1 / s in mode "int8" without a norm (a quarter of x, which
 /// may then be freed); else x, of which n and a are made again.
 ///
 /// Q is packed for the kernels once for as long as weight keeps its values: an optimizer step, however many
-/// calls that is. The packed forms take up to 3 bytes a weight, and go with its memory. A weight that is
+/// calls that is. The packed forms take up to 4 bytes a weight, and go with its memory. A weight that is
 /// changed behind autograd's back (through .data or a pointer) is noticed.
 ///
 /// An infinity or a NaN is never quantized away: in weight it makes y NaN, in a row of x in mode "int8" it

@@ -40,13 +40,13 @@ Scratch<uint8_t> pack(TernaryLayout layout, int64_t n, int64_t k, const int8_t* 
       });
       break;
     }
-    case TernaryLayout::kSumTable:
-      packed.resize(table.sum_table_packed_size(n, k));
-      table.sum_table_pack(n, k, codes, /*row_stride=*/k, /*col_stride=*/1, packed.data);
+    case TernaryLayout::kFloat:
+      packed.resize(table.ternary_float_packed_size(n, k));
+      table.ternary_float_pack(n, k, codes, /*row_stride=*/k, /*col_stride=*/1, packed.data);
       break;
-    case TernaryLayout::kSumTableTransposed:
-      packed.resize(table.sum_table_packed_size(k, n));
-      table.sum_table_pack(k, n, codes, /*row_stride=*/1, /*col_stride=*/k, packed.data);
+    case TernaryLayout::kFloatTransposed:
+      packed.resize(table.ternary_float_packed_size(k, n));
+      table.ternary_float_pack(k, n, codes, /*row_stride=*/1, /*col_stride=*/k, packed.data);
       break;
     case TernaryLayout::kBf16Transposed: {
       const int64_t panel = table.bf16_panel, pairs = (n + 1) / 2;

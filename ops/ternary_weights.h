@@ -45,11 +45,11 @@ TernaryScale<T> ternary_scale(const at::Tensor& weight, kernels::Quantizer quant
 
 /// Ways to lay out Q (N, K) for a product over K, or its transpose for a product over N.
 enum class TernaryLayout {
-  kInt8,                // for ternary_gemm, over K
-  kInt8Transposed,      // for ternary_gemm, over N
-  kSumTable,            // for sum_table_gemm, over K
-  kSumTableTransposed,  // for sum_table_gemm, over N
-  kBf16Transposed,      // for gemm_bf16, over N
+  kInt8,             // for ternary_gemm, over K
+  kInt8Transposed,   // for ternary_gemm, over N
+  kFloat,            // for ternary_float_gemm, and sum_table_gemm_int8, over K
+  kFloatTransposed,  // for ternary_float_gemm, over N
+  kBf16Transposed,   // for gemm_bf16, over N
   kCount
 };
 

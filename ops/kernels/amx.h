@@ -24,9 +24,10 @@ constexpr int64_t kTileDepth = 16 * kTile;
 constexpr int64_t kStripPanels = 16;
 
 /// The dot product of tiles: of int8 with uint8, of int8, and of pairs of bfloat16. The registers'
-/// numbers are part of the instruction.
+/// numbers are part of the instruction. A is the sum of kParts matrices.
 #define FLASHLM_TILE_DOT(name, instruction)        \
   struct name {                                    \
+    static constexpr int64_t kParts = 1;           \
     static void dot_00() { instruction(0, 4, 6); } \
     static void dot_01() { instruction(1, 4, 7); } \
     static void dot_10() { instruction(2, 5, 6); } \
@@ -36,6 +37,9 @@ FLASHLM_TILE_DOT(SignedTimesUnsigned, _tile_dpbsud);
 FLASHLM_TILE_DOT(SignedTimesSigned, _tile_dpbssd);
 FLASHLM_TILE_DOT(Bfloat16Pairs, _tile_dpbf16ps);
 #undef FLASHLM_TILE_DOT
+struct Bfloat16Thirds : Bfloat16Pairs {
+  static constexpr int64_t kParts = 3;
+};
 
 /// All eight tile registers at full size, for as long as this lives.
 class TileRegisters {
@@ -55,10 +59,10 @@ class TileRegisters {
 
 /// A block's rows of A as tiles read them: group p of row i at `first` + i * row + p / kTile * step + p %
 /// kTile. A multiple of kTile of both can be read. B has zeros for groups that A does not have, so those may
-/// be any finite numbers.
+/// be any finite numbers. A's parts lie `part` apart.
 struct TileRows {
   const int32_t* first;
-  int64_t row, step = kTile;
+  int64_t row, step = kTile, part = 0;
 };
 
 /// Copies up to kTile rows of A to `to`, where tiles read them at `to_row`: group p of row i from `from` +
@@ -111,16 +115,19 @@ void tile_block(int64_t whole, TileRows a, const int32_t* b, int64_t b_panel, co
   const int64_t a_bytes = a.row * kGroupBytes;
   const auto step = [&](const int32_t* at_a, const int32_t* at_b, int64_t panel) {
     _tile_loadd(6, at_b, kBytes);
-    _tile_loadd(4, at_a, a_bytes);
-    Dot::dot_00();
-    if constexpr (kPanels == 2) {
-      _tile_loadd(7, at_b + panel, kBytes);
-      Dot::dot_01();
-    }
-    if constexpr (kRows == 2) {
-      _tile_loadd(5, at_a + kTile * a.row, a_bytes);
-      Dot::dot_10();
-      if constexpr (kPanels == 2) Dot::dot_11();
+#pragma GCC unroll 3
+    for (int64_t part = 0; part < Dot::kParts; ++part, at_a += a.part) {
+      _tile_loadd(4, at_a, a_bytes);
+      Dot::dot_00();
+      if constexpr (kPanels == 2) {
+        if (part == 0) _tile_loadd(7, at_b + panel, kBytes);
+        Dot::dot_01();
+      }
+      if constexpr (kRows == 2) {
+        _tile_loadd(5, at_a + kTile * a.row, a_bytes);
+        Dot::dot_10();
+        if constexpr (kPanels == 2) Dot::dot_11();
+      }
     }
   };
   int32_t* const right = sums + kTile;

@@ -9,6 +9,8 @@ namespace flashlm::kernels::FLASHLM_ISA {
 template <class T>
 void add_adamw(Table<T>& table);
 template <class T>
+void add_bf16x3(Table<T>& table);
+template <class T>
 void add_bit_linear(Table<T>& table);
 template <class T>
 void add_causal_conv1d(Table<T>& table);

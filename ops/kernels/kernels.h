@@ -287,27 +287,28 @@ struct Table {
   void (*packed_gemm)(int64_t m, int64_t n, int64_t k, const int8_t* q, const int32_t* row_sum,
                       const T* inverse_scale, const uint8_t* packed, T gamma, T* y, int64_t y_row);
 
-  // ---- sum_table: ternary weights times rows of T, no multiplication by weights, no activation rounded ----
+  // ---- ternary_float: ternary weights times rows of T, no activation rounded: by sums of tables
+  // (sum_table.cpp), float32 with AMX in tiles (bf16x3.cpp) ----
 
-  /// Bytes that n x k codes take when packed, and bytes of scratch that a call of sum_table_gemm needs.
-  int64_t (*sum_table_packed_size)(int64_t n, int64_t k);
-  int64_t (*sum_table_workspace_size)(int64_t n, int64_t k);
+  /// Bytes that n x k codes take when packed, and bytes of scratch that a call of ternary_float_gemm needs.
+  int64_t (*ternary_float_packed_size)(int64_t n, int64_t k);
+  int64_t (*ternary_float_workspace_size)(int64_t n, int64_t k);
 
-  /// Packs Q (n, k), Q(j, p) = codes[j * row_stride + p * col_stride] in {-1, 0, 1}. The layout is the same
-  /// on every level.
-  void (*sum_table_pack)(int64_t n, int64_t k, const int8_t* codes, int64_t row_stride, int64_t col_stride,
-                         uint8_t* packed);
+  /// Packs Q (n, k), Q(j, p) = codes[j * row_stride + p * col_stride] in {-1, 0, 1}; one of the strides is 1.
+  void (*ternary_float_pack)(int64_t n, int64_t k, const int8_t* codes, int64_t row_stride,
+                             int64_t col_stride, uint8_t* packed);
 
   /// y(i, j) = y[i * y_row + j] = gamma * sum over p of x[i * x_row + p] Q(j, p), for m rows; y may not
   /// overlap x. Additions come in an order that (k, Q) alone decide: a row has the same bits whatever rows it
-  /// is computed with, and on every level. A code 0 leaves x out, be it a NaN. Rows are computed kVectorBytes
-  /// / sizeof(T) at a time, for the price of all of them: hand over many.
-  void (*sum_table_gemm)(int64_t m, int64_t n, int64_t k, const T* x, int64_t x_row, const uint8_t* packed,
-                         T gamma, T* y, int64_t y_row, void* workspace);
+  /// is computed with, and on every level, but for float32 in tiles, where an output has 3 k additions, of
+  /// which values below 2^-126 take no part. A code 0 leaves x out, be it a NaN. Rows are computed some at a
+  /// time, for the price of all of them: hand over many.
+  void (*ternary_float_gemm)(int64_t m, int64_t n, int64_t k, const T* x, int64_t x_row,
+                             const uint8_t* packed, T gamma, T* y, int64_t y_row, void* workspace);
 
   /// As ternary_gemm, with the same bits, by additions of int16: for rows q in [-127, 127] and codes packed
-  /// by sum_table_pack. Null where ternary_gemm is as fast, and in float64. Rows are computed kVectorBytes /
-  /// 2 at a time, for the price of all of them.
+  /// by ternary_float_pack. Null where ternary_gemm is as fast, and in float64. Rows are computed
+  /// kVectorBytes / 2 at a time, for the price of all of them.
   int64_t (*sum_table_int8_workspace_size)(int64_t n, int64_t k);
   void (*sum_table_gemm_int8)(int64_t m, int64_t n, int64_t k, const int8_t* q, const T* inverse_scale,
                               const uint8_t* packed, T gamma, T* y, int64_t y_row, void* workspace);

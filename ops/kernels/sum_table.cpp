@@ -29,10 +29,10 @@ inline int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
 // ---- layout of packed codes ----
 //
-// The same on every level. Outputs are cut into blocks of equal width, the last one less; a block has its
-// passes over k in order. A pass is a list of one record per output, sorted by `added`, the number of sums
-// that are added: they come first in the record, those that are subtracted after them. The list is preceded
-// by the length of each of its kTables + 1 parts.
+// The same wherever tables are used. Outputs are cut into blocks of equal width, the last one less; a block
+// has its passes over k in order. A pass is a list of one record per output, sorted by `added`, the number of
+// sums that are added: they come first in the record, those that are subtracted after them. The list is
+// preceded by the length of each of its kTables + 1 parts.
 
 constexpr int64_t kWords = 2;  // of a record
 constexpr int64_t kLinesOfWord = kTables / kWords;
@@ -492,10 +492,13 @@ void gemm_int8(int64_t m, int64_t n, int64_t k, const int8_t* q, const float* in
 
 template <class T>
 void add_sum_table(Table<T>& table) {
-  table.sum_table_packed_size = packed_size;
-  table.sum_table_pack = pack;
-  table.sum_table_workspace_size = workspace_size<T>;
-  table.sum_table_gemm = gemm<T>;
+#if defined(__AMX_TILE__)
+  if constexpr (sizeof(T) == sizeof(float)) return;  // bf16x3.cpp
+#endif
+  table.ternary_float_packed_size = packed_size;
+  table.ternary_float_pack = pack;
+  table.ternary_float_workspace_size = workspace_size<T>;
+  table.ternary_float_gemm = gemm<T>;
 #if defined(FLASHLM_INT16_TABLES)
   if constexpr (sizeof(T) == sizeof(float)) {
     table.sum_table_int8_workspace_size = int8_workspace_size;

@@ -8,6 +8,7 @@ template <class T>
 static Table<T> make_table() {
   Table<T> table{};
   add_adamw(table);
+  add_bf16x3(table);
   add_bit_linear(table);
   add_causal_conv1d(table);
   add_cross_entropy(table);

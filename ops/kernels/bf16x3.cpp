@@ -1,0 +1,176 @@
+// SPDX-License-Identifier: Apache-2.0
+// Ternary weights times float32 rows in tiles of bfloat16. The 24 significant bits of a float32 are those of
+// three bfloat16, whose sum it is; their products with -1, 0 and 1 are exact, and a tile's sums are float32.
+// So all that is rounded are additions, 3 k of them to an output. Tiles take a part below 2^-126 for zero,
+// which no |x| >= 2^-103 has.
+#include "ops/kernels/amx.h"
+#include "ops/kernels/families.h"
+#include "ops/kernels/vec.h"
+
+namespace flashlm::kernels::FLASHLM_ISA {
+
+#if defined(__AMX_TILE__)
+namespace {
+
+constexpr int64_t kParts = Bfloat16Thirds::kParts;
+constexpr int64_t kValues = 2 * kTile;             // of a row in one tile
+constexpr int64_t kSplitRows = 3 * kBlock;         // whose parts are held at once
+constexpr int64_t kPartSize = kBlock * kTile;      // of a block's rows, one tile wide, in pairs
+constexpr uint32_t kUpperHalf = 0xffff0000;        // of a float32: the bfloat16 that it is cut off to
+constexpr uint16_t kOne = 0x3f80, kSign = 0x8000;  // in bfloat16
+
+inline int64_t tiles_of(int64_t k) { return round_up(k, kValues) / kValues; }
+
+// ---- packed codes: panels of kTile outputs, a panel in tiles of bfloat16 pairs along k, filled up with
+// zeros ----
+
+int64_t packed_size(int64_t n, int64_t k) {
+  return round_up(n, kTile) * tiles_of(k) * kTile * static_cast<int64_t>(sizeof(int32_t));
+}
+
+inline Vec<int16_t> bf16_of_codes(__m256i codes) {
+  const Vec<int16_t> wide = (Vec<int16_t>)_mm512_maskz_cvtepi8_epi16(~uint32_t{0}, codes);
+  return (-(wide & 1) & static_cast<int16_t>(kOne)) | (wide & static_cast<int16_t>(kSign));
+}
+
+/// tile[p] = pair p of each of `outputs` <= kTile outputs, for `depth` <= kValues codes of each.
+inline void tile_of_rows(int64_t outputs, int64_t depth, const int8_t* codes, int64_t row_stride,
+                         Vec<int32_t> tile[kTile]) {
+  const auto mask = static_cast<__mmask32>((uint64_t{1} << depth) - 1);
+#pragma GCC unroll 16
+  for (int64_t j = 0; j < kTile; ++j) {
+    tile[j] = j < outputs ? (Vec<int32_t>)bf16_of_codes(_mm256_maskz_loadu_epi8(mask, codes + j * row_stride))
+                          : Vec<int32_t>{};
+  }
+  transpose<int32_t>(tile);
+}
+inline void tile_of_columns(int64_t outputs, int64_t depth, const int8_t* codes, int64_t col_stride,
+                            Vec<int32_t> tile[kTile]) {
+  const auto codes_at = [=](int64_t p) {
+    const auto mask = static_cast<__mmask16>((1u << outputs) - 1);
+    return _mm_maskz_loadu_epi8(p < depth ? mask : __mmask16{0}, codes + p * col_stride);
+  };
+#pragma GCC unroll 16
+  for (int64_t p = 0; p < kTile; ++p) {
+    const __m128i even = codes_at(2 * p), odd = codes_at(2 * p + 1);
+    const __m256i pairs = _mm256_set_m128i(_mm_unpackhi_epi8(even, odd), _mm_unpacklo_epi8(even, odd));
+    tile[p] = (Vec<int32_t>)bf16_of_codes(pairs);
+  }
+}
+
+void pack(int64_t n, int64_t k, const int8_t* codes, int64_t row_stride, int64_t col_stride,
+          uint8_t* packed) {
+  for (int64_t j = 0; j < n; j += kTile) {
+    for (int64_t p = 0; p < k; p += kValues) {
+      const int8_t* const from = codes + j * row_stride + p * col_stride;
+      const int64_t outputs = min_of(kTile, n - j), depth = min_of(kValues, k - p);
+      Vec<int32_t> tile[kTile];
+      if (col_stride == 1) {
+        tile_of_rows(outputs, depth, from, row_stride, tile);
+      } else {
+        tile_of_columns(outputs, depth, from, col_stride, tile);
+      }
+      memcpy(packed, tile, sizeof tile);
+      packed += sizeof tile;
+    }
+  }
+}
+
+// ---- product ----
+
+int64_t workspace_size(int64_t, int64_t k) {
+  return (kSplitRows / kBlock * tiles_of(k) * kParts * kPartSize + kTile) *
+         static_cast<int64_t>(sizeof(int32_t));
+}
+
+/// The rows of a block as tiles read them: for each kValues of k in turn the kParts parts, kPartSize apart.
+/// Beside them are zeros, and below them as far as tiles go. Bit i of the result: row i is not finite.
+inline uint32_t split(int64_t rows, int64_t k, const float* x, int64_t x_row, int32_t* parts) {
+  Vec<int16_t> upper;
+  for (int64_t i = 0; i < kValues; ++i) upper[i] = static_cast<int16_t>(2 * i + 1);
+  const Vec<int32_t> upper_half = broadcast(static_cast<int32_t>(kUpperHalf));
+  uint32_t not_finite = 0;
+  for (int64_t i = 0; i < round_up(rows, kTile); ++i, x += x_row, parts += kTile) {
+    int32_t* to = parts;
+    Vec<int32_t> left = {};
+    for (int64_t p = 0; p < k; p += kValues, to += kParts * kPartSize) {
+      const int64_t count = i < rows ? k - p : 0;
+      Vec<float> first = load_up_to(x + p, count), second = load_up_to(x + p + kTile, count - kTile);
+#pragma GCC unroll 3
+      for (int64_t part = 0; part < kParts; ++part) {
+        const Vec<int32_t> a = (Vec<int32_t>)first & upper_half, b = (Vec<int32_t>)second & upper_half;
+        store(to + part * kPartSize,
+              (Vec<int32_t>)_mm512_permutex2var_epi16((__m512i)a, (__m512i)upper, (__m512i)b));
+        first -= (Vec<float>)a, second -= (Vec<float>)b;
+      }
+      left |= (Vec<int32_t>)first | (Vec<int32_t>)second;
+    }
+    // Of a finite number nothing is left; an infinity or a NaN less itself is a NaN.
+    if (_mm512_test_epi32_mask((__m512i)left, (__m512i)left) != 0) not_finite |= 1u << i;
+  }
+  return not_finite;
+}
+
+/// One row's outputs by additions of what codes do not leave out, be it not finite.
+void add_up(int64_t n, int64_t k, const float* x, const uint8_t* packed, float gamma, float* y) {
+  for (int64_t j = 0; j < n; j += kTile) {
+    Vec<float> sum = {};
+    for (int64_t p = 0; p < k; ++p) {
+      Vec<int32_t> pairs;
+      memcpy(&pairs, packed + p / 2 * sizeof pairs, sizeof pairs);
+      const Vec<int32_t> code = p % 2 == 0 ? pairs << 16 : pairs & static_cast<int32_t>(kUpperHalf);
+      const Vec<float> signed_x = (Vec<float>)((Vec<int32_t>)broadcast(x[p]) ^ (code & INT32_MIN));
+      sum = code != 0 ? sum + signed_x : sum;
+    }
+    store_up_to<float>(y + j, gamma * sum, n - j);
+    packed += packed_size(kTile, k);
+  }
+}
+
+void gemm(int64_t m, int64_t n, int64_t k, const float* x, int64_t x_row, const uint8_t* packed, float gamma,
+          float* y, int64_t y_row, void* workspace) {
+  const int64_t tiles = tiles_of(k), block_size = tiles * kParts * kPartSize;
+  const uintptr_t address = reinterpret_cast<uintptr_t>(workspace);
+  int32_t* const parts =
+      reinterpret_cast<int32_t*>((address + kVectorBytes - 1) / kVectorBytes * kVectorBytes);
+  for (; m > 0; m -= kSplitRows, x += kSplitRows * x_row, y += kSplitRows * y_row) {
+    const int64_t rows = min_of(kSplitRows, m);
+    uint32_t not_finite[kSplitRows / kBlock] = {};
+    for (int64_t i = 0; i < rows; i += kBlock) {
+      not_finite[i / kBlock] =
+          split(min_of(kBlock, rows - i), k, x + i * x_row, x_row, parts + i / kBlock * block_size);
+    }
+    tile_gemm<Bfloat16Thirds>(
+        {y, rows, n, y_row, /*accumulate=*/false}, tiles * kTile,
+        [=](int64_t i, int64_t, int64_t p, int64_t, int32_t*) -> TileRows {
+          return {parts + i / kBlock * block_size + p / kTile * kParts * kPartSize, kTile, kParts * kPartSize,
+                  kPartSize};
+        },
+        reinterpret_cast<const int32_t*>(packed), tiles* kTile,
+        [=](int64_t) { return [=](Vec<int32_t> sums) { return gamma * (Vec<float>)sums; }; });
+    for (int64_t i = 0; i < rows; ++i) {
+      if ((not_finite[i / kBlock] >> i % kBlock & 1) != 0) {
+        add_up(n, k, x + i * x_row, packed, gamma, y + i * y_row);
+      }
+    }
+  }
+}
+
+}  // namespace
+#endif
+
+template <class T>
+void add_bf16x3([[maybe_unused]] Table<T>& table) {
+#if defined(__AMX_TILE__)
+  if constexpr (sizeof(T) == sizeof(float)) {
+    table.ternary_float_packed_size = packed_size;
+    table.ternary_float_pack = pack;
+    table.ternary_float_workspace_size = workspace_size;
+    table.ternary_float_gemm = gemm;
+  }
+#endif
+}
+template void add_bf16x3(Table<float>&);
+template void add_bf16x3(Table<double>&);
+
+}  // namespace flashlm::kernels::FLASHLM_ISA
