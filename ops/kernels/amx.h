@@ -20,14 +20,15 @@ constexpr int64_t kTileGroups = kTile * kTile;
 // A block of 2 x 2 tiles of sums, in the registers 0 to 3, needs two of A (4, 5) and two of B (6, 7) for four
 // products. Rows that do not lie as tiles read them are packed for all panels of a strip.
 constexpr int64_t kBlock = 2 * kTile;
-constexpr int64_t kTileDepth = 16 * kTile;
-constexpr int64_t kStripPanels = 16;
 
 /// The dot product of tiles: of int8 with uint8, of int8, and of pairs of bfloat16. The registers'
-/// numbers are part of the instruction. A is the sum of kParts matrices.
+/// numbers are part of the instruction. A is the sum of kParts matrices; kDepth groups of a block of it are
+/// packed at a time, and for kStripPanels panels.
 #define FLASHLM_TILE_DOT(name, instruction)        \
   struct name {                                    \
     static constexpr int64_t kParts = 1;           \
+    static constexpr int64_t kDepth = 16 * kTile;  \
+    static constexpr int64_t kStripPanels = 16;    \
     static void dot_00() { instruction(0, 4, 6); } \
     static void dot_01() { instruction(1, 4, 7); } \
     static void dot_10() { instruction(2, 5, 6); } \
@@ -37,8 +38,11 @@ FLASHLM_TILE_DOT(SignedTimesUnsigned, _tile_dpbsud);
 FLASHLM_TILE_DOT(SignedTimesSigned, _tile_dpbssd);
 FLASHLM_TILE_DOT(Bfloat16Pairs, _tile_dpbf16ps);
 #undef FLASHLM_TILE_DOT
+// The three parts of a block stay in the first-level cache, and are worth making for more panels.
 struct Bfloat16Thirds : Bfloat16Pairs {
   static constexpr int64_t kParts = 3;
+  static constexpr int64_t kDepth = 4 * kTile;
+  static constexpr int64_t kStripPanels = 48;
 };
 
 /// All eight tile registers at full size, for as long as this lives.
@@ -208,17 +212,18 @@ void write_block(const TileOutput out, const TileSums block, const ValuesOf valu
 /// `panel_size` vectors; depths are counted in groups. Every sum has its terms in the order of the depth,
 /// whatever block it is in.
 ///   rows_of(i, rows, p, groups, buffer)  gives `rows` rows of A from row i and group p on as TileRows, for
-///                                        which there is a buffer of kBlock * kTileDepth and kTile more
+///                                        which there is a buffer of kParts * kBlock * kDepth and kTile more
 ///   values_of(i)(sums)                   gives values of C's row i from their sums
 template <class Dot, class RowsOf, class ValuesOf>
 void tile_gemm(const TileOutput& out, int64_t depth, const RowsOf& rows_of, const int32_t* b,
                int64_t panel_size, const ValuesOf& values_of) {
-  alignas(64) int32_t buffer[kBlock * kTileDepth + kTile];
+  constexpr int64_t kDepth = Dot::kDepth, kStripPanels = Dot::kStripPanels;
+  alignas(64) int32_t buffer[Dot::kParts * kBlock * kDepth + kTile];
   alignas(64) int32_t sums[kStripPanels / 2][kBlock * kBlock];
   alignas(64) int32_t rests[kStripPanels * kTileGroups];
   const int64_t rest = depth % kTile, panels = round_up(out.n, kTile) / kTile;
   // Sums that one pass makes are kept until the next block is written.
-  const int64_t kept = depth > kTileDepth ? kStripPanels / 2 : 2;
+  const int64_t kept = depth > kDepth ? kStripPanels / 2 : 2;
   // A block is written after the next rows are packed: a tile's load waits until a store before it is done.
   TileSums made = {};
   const auto write_made = [&] {
@@ -243,8 +248,8 @@ void tile_gemm(const TileOutput& out, int64_t depth, const RowsOf& rows_of, cons
     }
     for (int64_t i = 0; i < out.m; i += kBlock) {
       const int64_t rows = min_of(kBlock, out.m - i);
-      for (int64_t p = 0; p == 0 || p < depth; p += kTileDepth) {  // sums over no depth are sums, too
-        const int64_t count = min_of(kTileDepth, depth - p);
+      for (int64_t p = 0; p == 0 || p < depth; p += kDepth) {  // sums over no depth are sums, too
+        const int64_t count = min_of(kDepth, depth - p);
         const TileRows a = rows_of(i, rows, p, count, buffer);
         asm volatile("" : : : "memory");  // GCC does not know that a tile's load reads memory
         const int32_t* left = nullptr;

@@ -14,8 +14,8 @@ namespace {
 
 constexpr int64_t kParts = Bfloat16Thirds::kParts;
 constexpr int64_t kValues = 2 * kTile;             // of a row in one tile
-constexpr int64_t kSplitRows = 3 * kBlock;         // whose parts are held at once
 constexpr int64_t kPartSize = kBlock * kTile;      // of a block's rows, one tile wide, in pairs
+constexpr int64_t kRows = 3 * kBlock;              // in one call of tile_gemm
 constexpr uint32_t kUpperHalf = 0xffff0000;        // of a float32: the bfloat16 that it is cut off to
 constexpr uint16_t kOne = 0x3f80, kSign = 0x8000;  // in bfloat16
 
@@ -78,35 +78,33 @@ void pack(int64_t n, int64_t k, const int8_t* codes, int64_t row_stride, int64_t
 
 // ---- product ----
 
-int64_t workspace_size(int64_t, int64_t k) {
-  return (kSplitRows / kBlock * tiles_of(k) * kParts * kPartSize + kTile) *
-         static_cast<int64_t>(sizeof(int32_t));
-}
-
 /// The rows of a block as tiles read them: for each kValues of k in turn the kParts parts, kPartSize apart.
 /// Beside them are zeros, and below them as far as tiles go. Bit i of the result: row i is not finite.
 inline uint32_t split(int64_t rows, int64_t k, const float* x, int64_t x_row, int32_t* parts) {
   Vec<int16_t> upper;
   for (int64_t i = 0; i < kValues; ++i) upper[i] = static_cast<int16_t>(2 * i + 1);
+  const auto upper_halves = [=](Vec<int32_t> a, Vec<int32_t> b) {
+    return (Vec<int32_t>)_mm512_permutex2var_epi16((__m512i)a, (__m512i)upper, (__m512i)b);
+  };
   const Vec<int32_t> upper_half = broadcast(static_cast<int32_t>(kUpperHalf));
   uint32_t not_finite = 0;
-  for (int64_t i = 0; i < round_up(rows, kTile); ++i, x += x_row, parts += kTile) {
-    int32_t* to = parts;
-    Vec<int32_t> left = {};
-    for (int64_t p = 0; p < k; p += kValues, to += kParts * kPartSize) {
+  for (int64_t p = 0; p < k; p += kValues, parts += kParts * kPartSize) {
+    for (int64_t i = 0; i < round_up(rows, kTile); ++i) {
+      const float* const from = x + i * x_row + p;
       const int64_t count = i < rows ? k - p : 0;
-      Vec<float> first = load_up_to(x + p, count), second = load_up_to(x + p + kTile, count - kTile);
-#pragma GCC unroll 3
-      for (int64_t part = 0; part < kParts; ++part) {
+      Vec<float> first = load_up_to(from, count), second = load_up_to(from + kTile, count - kTile);
+      int32_t* to = parts + i * kTile;
+#pragma GCC unroll 2
+      for (int64_t part = 0; part < kParts - 1; ++part, to += kPartSize) {
         const Vec<int32_t> a = (Vec<int32_t>)first & upper_half, b = (Vec<int32_t>)second & upper_half;
-        store(to + part * kPartSize,
-              (Vec<int32_t>)_mm512_permutex2var_epi16((__m512i)a, (__m512i)upper, (__m512i)b));
+        store(to, upper_halves(a, b));
         first -= (Vec<float>)a, second -= (Vec<float>)b;
       }
-      left |= (Vec<int32_t>)first | (Vec<int32_t>)second;
+      store(to, upper_halves((Vec<int32_t>)first, (Vec<int32_t>)second));
+      // An infinity or a NaN less itself is a NaN.
+      const bool has_nan = _mm512_cmp_ps_mask((__m512)first, (__m512)second, _CMP_UNORD_Q) != 0;
+      not_finite |= static_cast<uint32_t>(has_nan) << i;
     }
-    // Of a finite number nothing is left; an infinity or a NaN less itself is a NaN.
-    if (_mm512_test_epi32_mask((__m512i)left, (__m512i)left) != 0) not_finite |= 1u << i;
   }
   return not_finite;
 }
@@ -128,25 +126,19 @@ void add_up(int64_t n, int64_t k, const float* x, const uint8_t* packed, float g
 }
 
 void gemm(int64_t m, int64_t n, int64_t k, const float* x, int64_t x_row, const uint8_t* packed, float gamma,
-          float* y, int64_t y_row, void* workspace) {
-  const int64_t tiles = tiles_of(k), block_size = tiles * kParts * kPartSize;
-  const uintptr_t address = reinterpret_cast<uintptr_t>(workspace);
-  int32_t* const parts =
-      reinterpret_cast<int32_t*>((address + kVectorBytes - 1) / kVectorBytes * kVectorBytes);
-  for (; m > 0; m -= kSplitRows, x += kSplitRows * x_row, y += kSplitRows * y_row) {
-    const int64_t rows = min_of(kSplitRows, m);
-    uint32_t not_finite[kSplitRows / kBlock] = {};
-    for (int64_t i = 0; i < rows; i += kBlock) {
-      not_finite[i / kBlock] =
-          split(min_of(kBlock, rows - i), k, x + i * x_row, x_row, parts + i / kBlock * block_size);
-    }
+          float* y, int64_t y_row, void*) {
+  const int64_t pairs = tiles_of(k) * kTile;
+  for (; m > 0; m -= kRows, x += kRows * x_row, y += kRows * y_row) {
+    const int64_t rows = min_of(kRows, m);
+    uint32_t not_finite[kRows / kBlock] = {};
     tile_gemm<Bfloat16Thirds>(
-        {y, rows, n, y_row, /*accumulate=*/false}, tiles * kTile,
-        [=](int64_t i, int64_t, int64_t p, int64_t, int32_t*) -> TileRows {
-          return {parts + i / kBlock * block_size + p / kTile * kParts * kPartSize, kTile, kParts * kPartSize,
-                  kPartSize};
+        {y, rows, n, y_row, /*accumulate=*/false}, pairs,
+        [&](int64_t i, int64_t count, int64_t p, int64_t groups, int32_t* buffer) -> TileRows {
+          not_finite[i / kBlock] |=
+              split(count, min_of(2 * groups, k - 2 * p), x + i * x_row + 2 * p, x_row, buffer);
+          return {buffer, kTile, kParts * kPartSize, kPartSize};
         },
-        reinterpret_cast<const int32_t*>(packed), tiles* kTile,
+        reinterpret_cast<const int32_t*>(packed), pairs,
         [=](int64_t) { return [=](Vec<int32_t> sums) { return gamma * (Vec<float>)sums; }; });
     for (int64_t i = 0; i < rows; ++i) {
       if ((not_finite[i / kBlock] >> i % kBlock & 1) != 0) {
@@ -165,7 +157,7 @@ void add_bf16x3([[maybe_unused]] Table<T>& table) {
   if constexpr (sizeof(T) == sizeof(float)) {
     table.ternary_float_packed_size = packed_size;
     table.ternary_float_pack = pack;
-    table.ternary_float_workspace_size = workspace_size;
+    table.ternary_float_workspace_size = [](int64_t, int64_t) { return int64_t{0}; };
     table.ternary_float_gemm = gemm;
   }
 #endif
