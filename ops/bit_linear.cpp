@@ -427,7 +427,8 @@ class PackedRows {
   explicit PackedRows(const Inputs& in) : in_(in), gradient_(gradient_of<T>(in)) {
     const auto& table = kernels::table<T>();
     const int64_t blocks = (std::min(in.m, kChunkRows) + kDepth - 1) / kDepth;
-    if (gradient_ == Gradient::kFloat32) {
+    by_thirds_ = gradient_ == Gradient::kFloat32 && in.int8 && table.gemm_bf16x3 != nullptr;
+    if (gradient_ == Gradient::kFloat32 && !by_thirds_) {
       block_ = kDepth * round_up(in.k, table.gemm_panel);
       values_.resize(blocks * block_);
     } else {
@@ -445,7 +446,7 @@ class PackedRows {
     at::parallel_for(0, (last - first + kDepth - 1) / kDepth, 1, [&](int64_t from, int64_t to) {
       NormedRows<T> normed(in_, kDepth);
       Quantizing<T> quantized(in_, kDepth);
-      Scratch<T> buffer(in_.int8 && gradient_ == Gradient::kFloat32 ? kDepth * in_.k : 0);
+      Scratch<T> buffer(in_.int8 && gradient_ == Gradient::kFloat32 && !by_thirds_ ? kDepth * in_.k : 0);
       for (int64_t block = from; block < to; ++block) {
         const int64_t begin = first + block * kDepth, end = std::min(last, begin + kDepth);
         if (in_.int8) {
@@ -470,8 +471,15 @@ class PackedRows {
     auto& [strips, scale] = packed;
     switch (gradient_) {
       case Gradient::kFloat32:
-        table.gemm(count, in_.k, rows, grad_y, /*a_row=*/1, /*a_col=*/in_.n, values_.data + block * block_,
-                   grad, in_.k, accumulate);
+        if (by_thirds_) {
+          strips.resize(3 * kDepth / 2 * round_up(count, table.bf16_panel));
+          table.bf16x3_pack(rows, count, grad_y, in_.n, inverse_scale_.data + block * kDepth, strips.data);
+          table.gemm_bf16x3(count, in_.k, rows, strips.data, words_.data + block * block_, grad, in_.k,
+                            accumulate);
+        } else {
+          table.gemm(count, in_.k, rows, grad_y, /*a_row=*/1, /*a_col=*/in_.n, values_.data + block * block_,
+                     grad, in_.k, accumulate);
+        }
         break;
       case Gradient::kBfloat16: {
         const int64_t pairs = (rows + 1) / 2, panel = table.bf16_panel;
@@ -503,7 +511,7 @@ class PackedRows {
   /// `buffer` is for a block of rows as floats.
   void pack_int8(int64_t rows, int64_t block, const Int8Rows<T>& a, T* buffer) {
     const auto& table = kernels::table<T>();
-    if (gradient_ == Gradient::kFloat32) {
+    if (gradient_ == Gradient::kFloat32 && !by_thirds_) {
       table.dequantize_rows(rows, in_.k, a.q, a.inverse_scale, buffer);
       return pack_float(rows, block, buffer);
     }
@@ -523,7 +531,8 @@ class PackedRows {
 
   const Inputs& in_;
   Gradient gradient_;
-  int64_t block_;  // elements of a packed block
+  bool by_thirds_;  // float32 times int8, with no more rounding than elsewhere
+  int64_t block_;   // elements of a packed block
   Scratch<int32_t> words_;
   Scratch<T> values_, inverse_scale_;
 };

@@ -2,7 +2,7 @@
 // Ternary weights times float32 rows in tiles of bfloat16. The 24 significant bits of a float32 are those of
 // three bfloat16, whose sum it is; their products with -1, 0 and 1 are exact, and a tile's sums are float32.
 // So all that is rounded are additions, 3 k of them to an output. Tiles take a part below 2^-126 for zero,
-// which no |x| >= 2^-103 has.
+// which no |x| >= 2^-103 has. The same for columns of float32 times int8, which bfloat16 holds exactly.
 #include "ops/kernels/amx.h"
 #include "ops/kernels/families.h"
 #include "ops/kernels/vec.h"
@@ -78,6 +78,13 @@ void pack(int64_t n, int64_t k, const int8_t* codes, int64_t row_stride, int64_t
 
 // ---- product ----
 
+/// Cuts x's upper bfloat16 off.
+inline Vec<int32_t> cut(Vec<float>& x) {
+  const Vec<int32_t> upper = (Vec<int32_t>)x & static_cast<int32_t>(kUpperHalf);
+  x -= (Vec<float>)upper;
+  return upper;
+}
+
 /// The rows of a block as tiles read them: for each kValues of k in turn the kParts parts, kPartSize apart.
 /// Beside them are zeros, and below them as far as tiles go. Bit i of the result: row i is not finite.
 inline uint32_t split(int64_t rows, int64_t k, const float* x, int64_t x_row, int32_t* parts) {
@@ -86,7 +93,6 @@ inline uint32_t split(int64_t rows, int64_t k, const float* x, int64_t x_row, in
   const auto upper_halves = [=](Vec<int32_t> a, Vec<int32_t> b) {
     return (Vec<int32_t>)_mm512_permutex2var_epi16((__m512i)a, (__m512i)upper, (__m512i)b);
   };
-  const Vec<int32_t> upper_half = broadcast(static_cast<int32_t>(kUpperHalf));
   uint32_t not_finite = 0;
   for (int64_t p = 0; p < k; p += kValues, parts += kParts * kPartSize) {
     for (int64_t i = 0; i < round_up(rows, kTile); ++i) {
@@ -96,9 +102,8 @@ inline uint32_t split(int64_t rows, int64_t k, const float* x, int64_t x_row, in
       int32_t* to = parts + i * kTile;
 #pragma GCC unroll 2
       for (int64_t part = 0; part < kParts - 1; ++part, to += kPartSize) {
-        const Vec<int32_t> a = (Vec<int32_t>)first & upper_half, b = (Vec<int32_t>)second & upper_half;
+        const Vec<int32_t> a = cut(first), b = cut(second);
         store(to, upper_halves(a, b));
-        first -= (Vec<float>)a, second -= (Vec<float>)b;
       }
       store(to, upper_halves((Vec<int32_t>)first, (Vec<int32_t>)second));
       // An infinity or a NaN less itself is a NaN.
@@ -148,6 +153,45 @@ void gemm(int64_t m, int64_t n, int64_t k, const float* x, int64_t x_row, const 
   }
 }
 
+// ---- product of float32 columns ----
+
+void pack_thirds(int64_t depth, int64_t n, const float* b, int64_t b_row, const float* factor,
+                 int32_t* packed) {
+  constexpr int64_t kStep = 4;  // pairs of a panel together; see gemm_bf16.cpp
+  const int64_t pairs = (depth + 1) / 2, part_size = pairs * round_up(n, kTile);
+  for (int64_t p = 0; p < pairs; p += kStep) {
+    for (int64_t j = 0; j < n; j += kTile) {
+      for (int64_t i = p; i < min_of(p + kStep, pairs); ++i) {
+        const float* const from = b + 2 * i * b_row + j;
+        Vec<float> even = load_up_to(from, n - j) * factor[2 * i], odd = {};
+        if (2 * i + 1 < depth) odd = load_up_to(from + b_row, n - j) * factor[2 * i + 1];
+        int32_t* const to = packed + j * pairs + i * kTile;
+#pragma GCC unroll 3
+        for (int64_t part = 0; part < kParts; ++part) {
+          const Vec<int32_t> low = (Vec<int32_t>)((Vec<uint32_t>)cut(even) >> 16);
+          store(to + part * part_size, low | cut(odd));
+        }
+      }
+    }
+  }
+}
+
+void gemm_thirds(int64_t m, int64_t n, int64_t depth, const int32_t* strips, const int32_t* packed, float* c,
+                 int64_t c_row, bool accumulate) {
+  const int64_t pairs = (depth + 1) / 2, part_size = pairs * round_up(m, kTile);
+  tile_gemm<Bfloat16Thirds>(
+      {c, m, n, c_row, accumulate}, pairs,
+      [=](int64_t i, int64_t rows, int64_t p, int64_t groups, int32_t* buffer) -> TileRows {
+        const int64_t to_row = round_up(groups, kTile), to_part = kBlock * to_row;
+        for (int64_t part = 0; part < kParts; ++part) {
+          const PairRows a = {strips + part * part_size, 1, kTile, pairs * kTile};
+          pack_tiles(a, i, rows, p, groups, buffer + part * to_part);
+        }
+        return {buffer, to_row, kTile, to_part};
+      },
+      packed, pairs, [=](int64_t) { return [=](Vec<int32_t> sums) { return (Vec<float>)sums; }; });
+}
+
 }  // namespace
 #endif
 
@@ -159,6 +203,8 @@ void add_bf16x3([[maybe_unused]] Table<T>& table) {
     table.ternary_float_pack = pack;
     table.ternary_float_workspace_size = [](int64_t, int64_t) { return int64_t{0}; };
     table.ternary_float_gemm = gemm;
+    table.bf16x3_pack = pack_thirds;
+    table.gemm_bf16x3 = gemm_thirds;
   }
 #endif
 }

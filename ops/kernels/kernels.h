@@ -207,6 +207,13 @@ struct Table {
   void (*gemm_bf16)(int64_t m, int64_t n, int64_t depth, PairRows a, const int32_t* packed, T alpha, T* c,
                     int64_t c_row, bool accumulate);
 
+  /// C = Aᵀ·B, or C += Aᵀ·B, for float32 A in three parts that are multiplied without rounding. bf16x3_pack:
+  /// A (depth, m), row p at a + p * a_row, times factor[p], to strips of 3 (depth + 1) / 2 * round_up(m,
+  /// bf16_panel) pairs. A column that is not finite makes its row of C NaN. Null but with AMX.
+  void (*bf16x3_pack)(int64_t depth, int64_t m, const T* a, int64_t a_row, const T* factor, int32_t* strips);
+  void (*gemm_bf16x3)(int64_t m, int64_t n, int64_t depth, const int32_t* strips, const int32_t* packed, T* c,
+                      int64_t c_row, bool accumulate);
+
   // ---- gemm_int8: C = diag(scale) Aᵀ·B, or C += that, int8 operands, int32 sums. Only of Table<float>, and
   // only where the CPU has dot products of bytes: elsewhere int8_panel is 0, the functions null ----
 

@@ -121,3 +121,116 @@ TEST_CASE("bfloat16 packing holds int8 exactly and rounds floats to nearest, tie
     }
   });
 }
+
+namespace {
+
+/// Calls f(table) for every level that has gemm_bf16x3.
+template <class F>
+void for_each_table_with_thirds(const F& f) {
+  for_each_table_with(&Table<float>::bf16_panel, [&](const Table<float>& t) {
+    if (t.gemm_bf16x3 != nullptr) f(t);
+  });
+}
+
+struct Thirds {
+  int64_t m, n, k;
+  std::vector<float> a, factor;  // (k, m), (k)
+  std::vector<int8_t> b;         // (k, n)
+
+  /// c (m, n), whose rows are n + 3 long, = or += diag(factor) aᵀ · b.
+  void product(const Table<float>& t, std::vector<float>& c, bool accumulate) const {
+    constexpr int64_t kGuard = 16;
+    const int64_t panel = t.bf16_panel, pairs = (k + 1) / 2, size = 3 * pairs * round_up(m, panel);
+    std::vector<int32_t> strips(size + kGuard, 77), packed(pairs * round_up(n, panel));
+    t.bf16x3_pack(k, m, a.data(), m, factor.data(), strips.data());
+    for (int64_t i = 0; i < kGuard; ++i) REQUIRE(strips[size + i] == 77);
+    t.bf16_pack_int8(k, n, b.data(), n, packed.data());
+    t.gemm_bf16x3(m, n, k, strips.data(), packed.data(), c.data() + 1, n + 3, accumulate);
+  }
+};
+
+std::vector<int8_t> bytes(int64_t n, uint32_t seed) {
+  std::mt19937 generator(seed);
+  std::vector<int8_t> out(n);
+  for (int8_t& value : out) value = static_cast<int8_t>(static_cast<int>(generator() % 255) - 127);
+  return out;
+}
+
+}  // namespace
+
+TEST_CASE("gemm_bf16x3 equals the triple loop at every size around its tile", "[gemm_bf16x3]") {
+  for_each_table_with_thirds([](const Table<float>& t) {
+    std::vector<std::array<int64_t, 3>> sizes = {{49, 800, 300}};
+    for (int64_t m : {0, 1, 15, 16, 17, 33, 64, 65}) {
+      for (int64_t n : {0, 1, 16, 17, 35, 48}) {
+        for (int64_t k : {0, 1, 2, 3, 31, 32, 33, 127, 128, 129, 256}) sizes.push_back({m, n, k});
+      }
+    }
+    for (const auto& [m, n, k] : sizes) {
+      const Thirds operands = {m, n, k, dyadic<float>(m * k, 1), dyadic<float>(k, 2), bytes(k * n, 3)};
+      std::vector<float> c = dyadic<float>(m * (n + 3) + 1, 3), added = c, want = c, want_added = c;
+      for (int64_t i = 0; i < m; ++i) {
+        for (int64_t j = 0; j < n; ++j) {
+          float sum = 0;
+          for (int64_t p = 0; p < k; ++p) {
+            sum += operands.a[p * m + i] * operands.factor[p] * static_cast<float>(operands.b[p * n + j]);
+          }
+          want[1 + i * (n + 3) + j] = sum;
+          want_added[1 + i * (n + 3) + j] += sum;
+        }
+      }
+      INFO("m " << m << " n " << n << " k " << k);
+      operands.product(t, c, /*accumulate=*/false);
+      REQUIRE(c == want);
+      operands.product(t, added, /*accumulate=*/true);
+      REQUIRE(added == want_added);
+    }
+  });
+}
+
+TEST_CASE("gemm_bf16x3 rounds as float32 does", "[gemm_bf16x3]") {
+  for_each_table_with_thirds([](const Table<float>& t) {
+    std::mt19937 generator(5);
+    std::normal_distribution<float> normal;
+    const int64_t m = 35, n = 40;
+    for (int64_t k : {1, 7, 256}) {
+      Thirds operands = {m, n, k, std::vector<float>(m * k), std::vector<float>(k), bytes(k * n, 3)};
+      for (float& value : operands.a)
+        value = std::ldexp(normal(generator), static_cast<int>(generator() % 80) - 40);
+      for (float& value : operands.factor) value = normal(generator);
+      std::vector<float> c(m * (n + 3) + 1);
+      operands.product(t, c, /*accumulate=*/false);
+      for (int64_t i = 0; i < m; ++i) {
+        for (int64_t j = 0; j < n; ++j) {
+          double exact = 0, magnitude = 0;
+          for (int64_t p = 0; p < k; ++p) {
+            const double term = double{operands.a[p * m + i]} * operands.factor[p] *
+                                static_cast<double>(operands.b[p * n + j]);
+            exact += term;
+            magnitude += std::fabs(term);
+          }
+          // One rounding where the factor comes in, one of each addition.
+          const double bound = 1.001 * static_cast<double>(3 * k + 1) * std::ldexp(1.0, -24) * magnitude;
+          INFO("k " << k << " row " << i << " column " << j);
+          REQUIRE(std::fabs(double{c[1 + i * (n + 3) + j]} - exact) <= bound);
+        }
+      }
+    }
+  });
+}
+
+TEST_CASE("gemm_bf16x3 shows columns that are not finite, and no others", "[gemm_bf16x3]") {
+  for_each_table_with_thirds([](const Table<float>& t) {
+    const int64_t m = 20, n = 5, k = 40;
+    for (float value : {std::numeric_limits<float>::infinity(), -std::numeric_limits<float>::infinity(),
+                        std::numeric_limits<float>::quiet_NaN()}) {
+      Thirds operands = {m, n, k, dyadic<float>(m * k, 1), std::vector<float>(k, 1.0f), bytes(k * n, 3)};
+      operands.a[23 * m + 17] = value;
+      std::vector<float> c(m * (n + 3) + 1);
+      operands.product(t, c, /*accumulate=*/false);
+      for (int64_t i = 0; i < m; ++i) {
+        for (int64_t j = 0; j < n; ++j) REQUIRE(std::isnan(c[1 + i * (n + 3) + j]) == (i == 17));
+      }
+    }
+  });
+}
