@@ -138,17 +138,24 @@ Case bit_linear_case(int64_t m, int64_t k, int64_t n, const std::string& activat
                      dense = effective_weight(weight, quantizer);
     const at::Tensor grad_y = at::randn({m, n});
     const Expression linear = [](const Tensors& t) { return at::linear(t[0], t[1]); };
-    contest.contestants = {evaluate(contest, "FlashLM", {x, weight}, grad_y,
-                                    [=](const Tensors& t) {
-                                      return bit_linear(t[0], t[1], std::nullopt, quantizer, activation,
-                                                        /*eps=*/1e-6, gradient);
-                                    }),
+    const Expression ours = [=](const Tensors& t) {
+      return bit_linear(t[0], t[1], std::nullopt, quantizer, activation, /*eps=*/1e-6, gradient);
+    };
+    const Expression after_a_step = [=](const Tensors& t) {
+      t[1].unsafeGetTensorImpl()->bump_version();
+      return ours(t);
+    };
+    contest.contestants = {evaluate(contest, "FlashLM", {x, weight}, grad_y, ours),
                            evaluate(contest, "torch float32", {x, dense}, grad_y, linear),
                            evaluate(contest, "torch bfloat16", {to_bfloat16(x), to_bfloat16(dense)},
                                     to_bfloat16(grad_y), linear)};
     contest.notes = {
-        "FlashLM makes ternary weights of float32 ones in every call; its peers get dense weights."};
+        "FlashLM checks in every call that the float32 weights are those it has packed; its peers get dense "
+        "ones."};
     if (!forward) return contest;
+    contest.contestants.push_back(
+        evaluate(contest, "itself after a step", {x, weight}, grad_y, after_a_step));
+    contest.notes.push_back("\"After a step\" the weights have changed, and are packed again.");
     contest.contestants.push_back(onednn_linear(x, dense));
     if (activation == "int8") {
       contest.contestants.push_back(int_mm(x, dense));
