@@ -30,6 +30,9 @@ constexpr int64_t kSliceOutputs = kVectorBytes / kGroup;
 // 24 or 16 of 32 registers, or 8 of 16, beside a slice's fields, an activation and the masks.
 constexpr int64_t kTileRows = kRegisters == 32 ? 6 : 2;
 constexpr int64_t kRowSlices = kRegisters == 32 ? 4 : 2;
+// Bytes ahead of a single row's loads that weights are asked for: there is too little work with a line to
+// wait for memory, and the hardware's own foresight ends with a page.
+constexpr int64_t kAhead = 2048;
 
 inline int64_t lines_of(int64_t k) { return (k + kGroup - 1) / kGroup; }
 
@@ -179,6 +182,7 @@ __attribute__((noinline)) void tile(const Operands<T>& o, int64_t first) {
 #pragma GCC unroll 8
       for (int64_t s = 0; s < slices; ++s) {
         Vec<int32_t> line, w[kFields];
+        if (rows == 1 && s % kSlices == 0) __builtin_prefetch(from[s] + l * kLine + kAhead);
         memcpy(&line, from[s] + l * kLine, sizeof line);
 #pragma GCC unroll 8
         for (int64_t j = 0; j < kFields; ++j) w[j] = field(line, j);
