@@ -39,8 +39,9 @@ namespace flashlm {
 ///
 /// Speeds, and what training loses by each (nothing so far), are in docs/results/kernels.md.
 /// Products of Q with floats, in mode "none" and for dn in "float32", are exact but for the rounding of sums:
-/// made of additions alone, by tables of partial sums, in the same order on every CPU; with AMX of three
-/// bfloat16 parts of each float32, whose products with Q are exact, in another order.
+/// made of additions alone, by tables of partial sums, in the same order on every CPU. With AMX they, and the
+/// product of dy / s in "float32" with q, are sums of three bfloat16 parts of each float32, whose products
+/// with Q and q are exact, in another order.
 ///
 /// Between forward and backward are kept: q and 1 / s in mode "int8" without a norm (a quarter of x, which
 /// may then be freed); else x, of which n and a are made again.

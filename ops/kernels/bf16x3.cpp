@@ -155,7 +155,7 @@ void gemm(int64_t m, int64_t n, int64_t k, const float* x, int64_t x_row, const 
 
 // ---- product of float32 columns ----
 
-void pack_thirds(int64_t depth, int64_t n, const float* b, int64_t b_row, const float* factor,
+void bf16x3_pack(int64_t depth, int64_t n, const float* b, int64_t b_row, const float* factor,
                  int32_t* packed) {
   constexpr int64_t kStep = 4;  // pairs of a panel together; see gemm_bf16.cpp
   const int64_t pairs = (depth + 1) / 2, part_size = pairs * round_up(n, kTile);
@@ -176,7 +176,7 @@ void pack_thirds(int64_t depth, int64_t n, const float* b, int64_t b_row, const 
   }
 }
 
-void gemm_thirds(int64_t m, int64_t n, int64_t depth, const int32_t* strips, const int32_t* packed, float* c,
+void gemm_bf16x3(int64_t m, int64_t n, int64_t depth, const int32_t* strips, const int32_t* packed, float* c,
                  int64_t c_row, bool accumulate) {
   const int64_t pairs = (depth + 1) / 2, part_size = pairs * round_up(m, kTile);
   tile_gemm<Bfloat16Thirds>(
@@ -203,8 +203,8 @@ void add_bf16x3([[maybe_unused]] Table<T>& table) {
     table.ternary_float_pack = pack;
     table.ternary_float_workspace_size = [](int64_t, int64_t) { return int64_t{0}; };
     table.ternary_float_gemm = gemm;
-    table.bf16x3_pack = pack_thirds;
-    table.gemm_bf16x3 = gemm_thirds;
+    table.bf16x3_pack = bf16x3_pack;
+    table.gemm_bf16x3 = gemm_bf16x3;
   }
 #endif
 }
