@@ -309,26 +309,28 @@ TEST_CASE("ternary_float leaves out what a zero code stands before, and keeps in
   for_each_table([](const auto& t) {
     using T = decltype(element_of(t));
     const T infinity = std::numeric_limits<T>::infinity(), nan = std::numeric_limits<T>::quiet_NaN();
-    const int64_t m = 16, n = 30, k = 29;
+    const int64_t m = 107, n = 30, k = 160;
     auto codes = ternary(n * k, 1);
     const std::vector<T> x = dyadic<T>(m * k, 2);
     Packed<T> packed(t, n, k, codes);
     const auto finite = product(t, m, n, k, x.data(), k, packed.data(), T(1));
-    for (int64_t p = 0; p < k; ++p) {
-      for (T value : {infinity, nan}) {
-        std::vector<T> odd = x;
-        odd[3 * k + p] = value;
-        const auto y = product(t, m, n, k, odd.data(), k, packed.data(), T(1));
-        for (int64_t j = 0; j < n; ++j) {
-          const int code = codes[j * k + p];
-          const T got = y[1 + 3 * (n + 2) + j], before = finite[1 + 3 * (n + 2) + j];
-          INFO("column " << p << " code " << code);
-          if (code == 0) {
-            REQUIRE(got == before);
-          } else if (std::isnan(value)) {
-            REQUIRE(std::isnan(got));
-          } else {
-            REQUIRE(got == static_cast<T>(code) * infinity);
+    for (int64_t row : {0, 3, 20, 47, 49, 70, 96, 103}) {
+      for (int64_t p : {0, 1, 2, 3, 31, 32, 95, 127, 128, 158, 159}) {
+        for (T value : {infinity, nan}) {
+          std::vector<T> odd = x;
+          odd[row * k + p] = value;
+          const auto y = product(t, m, n, k, odd.data(), k, packed.data(), T(1));
+          for (int64_t j = 0; j < n; ++j) {
+            const int code = codes[j * k + p];
+            const T got = y[1 + row * (n + 2) + j], before = finite[1 + row * (n + 2) + j];
+            INFO("row " << row << " column " << p << " code " << code);
+            if (code == 0) {
+              REQUIRE(got == before);
+            } else if (std::isnan(value)) {
+              REQUIRE(std::isnan(got));
+            } else {
+              REQUIRE(got == static_cast<T>(code) * infinity);
+            }
           }
         }
       }
