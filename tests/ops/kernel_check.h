@@ -77,4 +77,21 @@ std::vector<T> dyadic(int64_t n, uint32_t seed) {
   return out;
 }
 
+/// Values of low .. high.
+inline std::vector<int8_t> integers(int64_t n, int low, int high, uint32_t seed) {
+  std::mt19937 generator(seed);
+  std::vector<int8_t> out(n);
+  for (int8_t& x : out) x = static_cast<int8_t>(low + static_cast<int>(generator() % (high - low + 1)));
+  return out;
+}
+
+/// Values with many significant bits, in [-10/3, 10/3].
+template <class T>
+std::vector<T> uneven(int64_t n, uint32_t seed) {
+  std::mt19937 generator(seed);
+  std::vector<T> out(n);
+  for (T& x : out) x = (static_cast<T>(generator() % 20001) - T(10000)) / T(3000);
+  return out;
+}
+
 }  // namespace flashlm::kernels

@@ -15,20 +15,9 @@ using namespace flashlm::kernels;
 
 namespace {
 
-/// n values of low .. high; the first is never used by the tests, so that pointers are misaligned.
-std::vector<int8_t> integers(int64_t n, int low, int high, uint32_t seed) {
-  std::mt19937 generator(seed);
-  std::vector<int8_t> out(n + 1);
-  for (int8_t& x : out) x = static_cast<int8_t>(low + static_cast<int>(generator() % (high - low + 1)));
-  return out;
-}
-
-template <class T>
-std::vector<T> normal(int64_t n, uint32_t seed) {
-  std::mt19937 generator(seed);
-  std::vector<T> out(n);
-  for (T& x : out) x = (static_cast<T>(generator() % 20001) - T(10000)) / T(3000);
-  return out;
+/// n integers from index 1 on, so that pointers to them are misaligned.
+std::vector<int8_t> from_one(int64_t n, int low, int high, uint32_t seed) {
+  return integers(n + 1, low, high, seed);
 }
 
 /// ternary_gemm against the triple loop. q (m, k) and codes (n, k) begin at index 1.
@@ -69,12 +58,12 @@ TEST_CASE("ternary_gemm equals the triple loop at every size around its tile", "
       for (int64_t n :
            {int64_t{0}, int64_t{1}, panel - 1, panel, panel + 1, 2 * panel, 2 * panel + 1, 4 * panel + 1}) {
         for (int64_t k : {1, 2, 3, 4, 5, 17, 255, 256, 257, 683}) {
-          require_product(t, m, n, k, integers(m * k, -128, 127, 1), integers(n * k, -1, 1, 2));
+          require_product(t, m, n, k, from_one(m * k, -128, 127, 1), from_one(n * k, -1, 1, 2));
         }
       }
     }
     const int64_t m = 49, n = 18 * panel + 3, k = 1029;  // some blocks of everything
-    require_product(t, m, n, k, integers(m * k, -128, 127, 1), integers(n * k, -1, 1, 2));
+    require_product(t, m, n, k, from_one(m * k, -128, 127, 1), from_one(n * k, -1, 1, 2));
   });
 }
 
@@ -83,8 +72,8 @@ TEST_CASE("ternary_gemm does not wrap on extreme inputs", "[bit_linear]") {
     for (int64_t k : {256, 257, 260, 512, 683, 4096}) {
       for (int q : {-128, 127}) {
         for (int code : {-1, 0, 1}) {
-          require_product(t, 9, 2 * t.ternary_panel + 1, k, integers(9 * k, q, q, 1),
-                          integers((2 * t.ternary_panel + 1) * k, code, code, 2));
+          require_product(t, 9, 2 * t.ternary_panel + 1, k, from_one(9 * k, q, q, 1),
+                          from_one((2 * t.ternary_panel + 1) * k, code, code, 2));
         }
       }
     }
@@ -94,7 +83,7 @@ TEST_CASE("ternary_gemm does not wrap on extreme inputs", "[bit_linear]") {
 TEST_CASE("panels of codes can be packed one by one", "[bit_linear]") {
   for_each_table([](const auto& t) {
     const int64_t n = 3 * t.ternary_panel - 1, k = 11, padded = 12;
-    const auto codes = integers(n * k, -1, 1, 3);
+    const auto codes = from_one(n * k, -1, 1, 3);
     std::vector<uint8_t> whole(3 * t.ternary_panel * padded), pieces = whole;
     t.ternary_pack(n, k, codes.data(), whole.data());
     for (int64_t j = 0; j < n; j += t.ternary_panel) {
@@ -113,7 +102,7 @@ TEST_CASE("codes and their transpose pack to the same panels", "[bit_linear]") {
     for (int64_t n : {int64_t{1}, panel - 1, panel, panel + 1, 2 * panel + 3}) {
       for (int64_t k : {1, 3, 4, 5, 8, 11}) {
         const int64_t row = n + 5;
-        const auto transposed = integers(k * row, -1, 1, 7);
+        const auto transposed = from_one(k * row, -1, 1, 7);
         std::vector<int8_t> codes(n * k);
         for (int64_t j = 0; j < n; ++j) {
           for (int64_t p = 0; p < k; ++p) codes[j * k + p] = transposed[p * row + j];
@@ -130,8 +119,8 @@ TEST_CASE("codes and their transpose pack to the same panels", "[bit_linear]") {
 
 TEST_CASE("abs_sum is the same double on every level", "[bit_linear]") {
   for (int64_t n = 0; n <= 200; ++n) {
-    const auto w = normal<float>(n + 1, 5);
-    const auto v = normal<double>(n + 1, 6);
+    const auto w = uneven<float>(n + 1, 5);
+    const auto v = uneven<double>(n + 1, 6);
     const double want = levels().first[0].float_table().abs_sum(n, w.data() + 1);
     const double want_double = levels().first[0].double_table().abs_sum(n, v.data() + 1);
     double plain = 0;
@@ -177,7 +166,7 @@ TEST_CASE("ternary codes follow the bound at every length", "[bit_linear]") {
   for_each_table([](const auto& t) {
     using T = decltype(element_of(t));
     for (int64_t n = 0; n <= 70; ++n) {
-      auto w = normal<T>(n + 1, 7);
+      auto w = uneven<T>(n + 1, 7);
       for (int64_t i = 0; i < n; i += 5) w[1 + i] = i % 2 ? T(0.5) : T(-0.5);  // on the bound: 0
       std::vector<int8_t> codes(n), want(n);
       for (int64_t i = 0; i < n; ++i) want[i] = w[1 + i] > T(0.5) ? 1 : w[1 + i] < T(-0.5) ? -1 : 0;
@@ -192,7 +181,7 @@ TEST_CASE("quantize_rows rounds ties to even, pads and sums at every length", "[
     using T = decltype(element_of(t));
     for (int64_t k = 1; k <= 140; ++k) {
       const int64_t rows = 3, padded = quantized_width(k);
-      auto x = normal<T>(rows * k + 1, 8);
+      auto x = uneven<T>(rows * k + 1, 8);
       std::vector<int8_t> q(rows * padded, 99), want(rows * padded);
       std::vector<T> inverse(rows), a(rows * k);
       std::vector<int32_t> sum(rows), want_sum(rows);

@@ -149,13 +149,6 @@ struct Thirds {
   }
 };
 
-std::vector<int8_t> bytes(int64_t n, uint32_t seed) {
-  std::mt19937 generator(seed);
-  std::vector<int8_t> out(n);
-  for (int8_t& value : out) value = static_cast<int8_t>(static_cast<int>(generator() % 255) - 127);
-  return out;
-}
-
 }  // namespace
 
 TEST_CASE("gemm_bf16x3 equals the triple loop at every size around its tile", "[gemm_bf16x3]") {
@@ -167,7 +160,8 @@ TEST_CASE("gemm_bf16x3 equals the triple loop at every size around its tile", "[
       }
     }
     for (const auto& [m, n, k] : sizes) {
-      const Thirds operands = {m, n, k, dyadic<float>(m * k, 1), dyadic<float>(k, 2), bytes(k * n, 3)};
+      const Thirds operands = {
+          m, n, k, dyadic<float>(m * k, 1), dyadic<float>(k, 2), integers(k * n, -127, 127, 3)};
       std::vector<float> c = dyadic<float>(m * (n + 3) + 1, 3), added = c, want = c, want_added = c;
       for (int64_t i = 0; i < m; ++i) {
         for (int64_t j = 0; j < n; ++j) {
@@ -194,7 +188,8 @@ TEST_CASE("gemm_bf16x3 rounds as float32 does", "[gemm_bf16x3]") {
     std::normal_distribution<float> normal;
     const int64_t m = 35, n = 40;
     for (int64_t k : {1, 7, 256}) {
-      Thirds operands = {m, n, k, std::vector<float>(m * k), std::vector<float>(k), bytes(k * n, 3)};
+      Thirds operands = {
+          m, n, k, std::vector<float>(m * k), std::vector<float>(k), integers(k * n, -127, 127, 3)};
       for (float& value : operands.a)
         value = std::ldexp(normal(generator), static_cast<int>(generator() % 80) - 40);
       for (float& value : operands.factor) value = normal(generator);
@@ -224,7 +219,8 @@ TEST_CASE("gemm_bf16x3 shows columns that are not finite, and no others", "[gemm
     const int64_t m = 20, n = 5, k = 40;
     for (float value : {std::numeric_limits<float>::infinity(), -std::numeric_limits<float>::infinity(),
                         std::numeric_limits<float>::quiet_NaN()}) {
-      Thirds operands = {m, n, k, dyadic<float>(m * k, 1), std::vector<float>(k, 1.0f), bytes(k * n, 3)};
+      Thirds operands = {
+          m, n, k, dyadic<float>(m * k, 1), std::vector<float>(k, 1.0f), integers(k * n, -127, 127, 3)};
       operands.a[23 * m + 17] = value;
       std::vector<float> c(m * (n + 3) + 1);
       operands.product(t, c, /*accumulate=*/false);

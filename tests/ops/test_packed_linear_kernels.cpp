@@ -16,13 +16,6 @@ namespace {
 
 int64_t packed_size(int64_t n, int64_t k) { return round_up(n, kPackedOutputs) * round_up(k, 4) / 4; }
 
-std::vector<int8_t> integers(int64_t n, int low, int high, uint32_t seed) {
-  std::mt19937 generator(seed);
-  std::vector<int8_t> out(n);
-  for (int8_t& x : out) x = static_cast<int8_t>(low + static_cast<int>(generator() % (high - low + 1)));
-  return out;
-}
-
 /// packed_gemm on q (m, k) and codes (n, k) against sums (m, n), with every pointer misaligned.
 template <class T>
 void require_product(const Table<T>& t, int64_t m, int64_t n, int64_t k, const std::vector<int8_t>& q,

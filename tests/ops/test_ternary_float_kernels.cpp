@@ -17,26 +17,13 @@ using namespace flashlm::kernels;
 
 namespace {
 
-std::vector<int8_t> ternary(int64_t n, uint32_t seed) {
-  std::mt19937 generator(seed);
-  std::vector<int8_t> out(n);
-  for (int8_t& code : out) code = static_cast<int8_t>(static_cast<int>(generator() % 3) - 1);
-  return out;
-}
-
-template <class T>
-std::vector<T> normal(int64_t n, uint32_t seed) {
-  std::mt19937 generator(seed);
-  std::vector<T> out(n);
-  for (T& x : out) x = (static_cast<T>(generator() % 20001) - T(10000)) / T(3000);
-  return out;
-}
+std::vector<int8_t> ternary(int64_t n, uint32_t seed) { return integers(n, -1, 1, seed); }
 
 /// Signed, with all significant bits, between 2^-40 and 2^40.
 template <class T>
 std::vector<T> of_all_sizes(int64_t n, uint32_t seed) {
   std::mt19937 generator(seed);
-  std::vector<T> out = normal<T>(n, seed);
+  std::vector<T> out = uneven<T>(n, seed);
   for (T& x : out) x = std::ldexp(x / 3, static_cast<int>(generator() % 80) - 40);
   return out;
 }
@@ -120,7 +107,7 @@ void require_int8(const Table<float>& t, int64_t m, int64_t n, int64_t k, const 
   if (t.sum_table_gemm_int8 == nullptr) return;
   const int64_t padded = quantized_width(k), size = t.sum_table_int8_workspace_size(n, k);
   const float gamma = 0.37f;
-  const std::vector<float> inverse_scale = normal<float>(m, 3);
+  const std::vector<float> inverse_scale = uneven<float>(m, 3);
   Packed<float> packed(t, n, k, codes);
   std::vector<uint8_t> workspace(1 + size + kGuard, 77);
   std::vector<float> y(1 + m * (n + 2), -5), want = y;
@@ -146,9 +133,7 @@ void require_int8(const Table<float>& t, int64_t m, int64_t n, int64_t k, const 
 TEST_CASE("sum_table of int8 rows equals the triple loop at every size around its tiles", "[sum_table]") {
   for_each_table([](const auto& t) {
     if constexpr (std::is_same_v<decltype(t), const Table<float>&>) {
-      std::mt19937 generator(5);
-      std::vector<int8_t> q(40 * 1024);
-      for (int8_t& value : q) value = static_cast<int8_t>(static_cast<int>(generator() % 255) - 127);
+      const std::vector<int8_t> q = integers(40 * 1024, -127, 127, 5);
       for (int64_t n : {0, 1, 7, 8, 9, 16, 17}) {
         for (int64_t k : {0, 1, 3, 4, 5, 31, 32, 33, 64, 255, 256, 257, 288, 683}) {
           for (int64_t m : {0, 1, 7, 8, 9, 15, 16, 17, 33}) require_int8(t, m, n, k, q, ternary(n * k, 7));
@@ -227,7 +212,7 @@ TEST_CASE("ternary_float rounds as its additions do, and alike wherever tables a
       std::vector<float> first;
       for_each_table([&](const auto& t) {
         using T = decltype(element_of(t));
-        const std::vector<T> x = all_sizes ? of_all_sizes<T>(m * k, 2) : normal<T>(m * k, 2);
+        const std::vector<T> x = all_sizes ? of_all_sizes<T>(m * k, 2) : uneven<T>(m * k, 2);
         const T gamma = T(0.7);
         Packed<T> packed(t, n, k, codes);
         const auto y = product(t, m, n, k, x.data(), k, packed.data(), gamma);
@@ -279,7 +264,7 @@ TEST_CASE("ternary_float gives a row the same bits in whatever company", "[terna
     using T = decltype(element_of(t));
     const int64_t m = 107, n = 45, k = 51, y_row = n + 2;
     const auto codes = ternary(n * k, 1);
-    std::vector<T> x = normal<T>(m * k, 2);
+    std::vector<T> x = uneven<T>(m * k, 2);
     Packed<T> packed(t, n, k, codes);
     const auto whole = product(t, m, n, k, x.data(), k, packed.data(), T(0.7));
     for (int64_t begin = 0; begin < m; ++begin) {
