@@ -540,7 +540,7 @@ class PackedRows {
 /// grad_weight = grad_yᵀ · a. Threads share the rows of grad_weight: no sum is split between them.
 template <class T>
 void backward_weight(const Inputs& in, const T* grad_y, T* grad_weight) {
-  constexpr int64_t kStrip = 48;  // whole tiles of every kernel
+  constexpr int64_t kStrip = 16;  // rows of whole tiles, and few enough to be shared evenly
   PackedRows<T> a(in);
   for_row_blocks(0, in.m, kChunkRows, [&](int64_t first, int64_t last) {
     a.pack(first, last);
