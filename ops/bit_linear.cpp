@@ -428,7 +428,7 @@ class PackedRows {
     const auto& table = kernels::table<T>();
     const int64_t blocks = (std::min(in.m, kChunkRows) + kDepth - 1) / kDepth;
     by_thirds_ = gradient_ == Gradient::kFloat32 && in.int8 && table.gemm_bf16x3 != nullptr;
-    if (gradient_ == Gradient::kFloat32 && !by_thirds_) {
+    if (packs_values()) {
       block_ = kDepth * round_up(in.k, table.gemm_panel);
       values_.resize(blocks * block_);
     } else {
@@ -446,7 +446,7 @@ class PackedRows {
     at::parallel_for(0, (last - first + kDepth - 1) / kDepth, 1, [&](int64_t from, int64_t to) {
       NormedRows<T> normed(in_, kDepth);
       Quantizing<T> quantized(in_, kDepth);
-      Scratch<T> buffer(in_.int8 && gradient_ == Gradient::kFloat32 && !by_thirds_ ? kDepth * in_.k : 0);
+      Scratch<T> buffer(in_.int8 && packs_values() ? kDepth * in_.k : 0);
       for (int64_t block = from; block < to; ++block) {
         const int64_t begin = first + block * kDepth, end = std::min(last, begin + kDepth);
         if (in_.int8) {
@@ -501,6 +501,9 @@ class PackedRows {
   }
 
  private:
+  /// In values_, for gemm; else in words_.
+  bool packs_values() const { return gradient_ == Gradient::kFloat32 && !by_thirds_; }
+
   /// Kept by the forward, or quantized again.
   Int8Rows<T> int8_rows(int64_t begin, int64_t end, Quantizing<T>& quantized) const {
     if (in_.x.defined()) return quantized(begin, end);
@@ -511,7 +514,7 @@ class PackedRows {
   /// `buffer` is for a block of rows as floats.
   void pack_int8(int64_t rows, int64_t block, const Int8Rows<T>& a, T* buffer) {
     const auto& table = kernels::table<T>();
-    if (gradient_ == Gradient::kFloat32 && !by_thirds_) {
+    if (packs_values()) {
       table.dequantize_rows(rows, in_.k, a.q, a.inverse_scale, buffer);
       return pack_float(rows, block, buffer);
     }
@@ -522,7 +525,7 @@ class PackedRows {
 
   void pack_float(int64_t rows, int64_t block, const T* a) {
     const auto& table = kernels::table<T>();
-    if (gradient_ == Gradient::kFloat32) {
+    if (packs_values()) {
       table.gemm_pack(rows, in_.k, a, /*row_stride=*/in_.k, /*col_stride=*/1, values_.data + block * block_);
     } else {
       table.bf16_pack(rows, in_.k, a, in_.k, /*factor=*/nullptr, words_.data + block * block_);

@@ -308,7 +308,7 @@ struct Table {
   /// y(i, j) = y[i * y_row + j] = gamma * sum over p of x[i * x_row + p] Q(j, p), for m rows; y may not
   /// overlap x. Additions come in an order that (k, Q) alone decide: a row has the same bits whatever rows it
   /// is computed with, and on every level, but for float32 in tiles, where an output has 3 k additions, of
-  /// which values below 2^-126 take no part. A code 0 leaves x out, be it a NaN. Rows are computed some at a
+  /// which parts below 2^-126 are left out. A code 0 leaves x out, be it a NaN. Rows are computed some at a
   /// time, for the price of all of them: hand over many.
   void (*ternary_float_gemm)(int64_t m, int64_t n, int64_t k, const T* x, int64_t x_row,
                              const uint8_t* packed, T gamma, T* y, int64_t y_row, void* workspace);

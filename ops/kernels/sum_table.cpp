@@ -493,12 +493,16 @@ void gemm_int8(int64_t m, int64_t n, int64_t k, const int8_t* q, const float* in
 template <class T>
 void add_sum_table(Table<T>& table) {
 #if defined(__AMX_TILE__)
-  if constexpr (sizeof(T) == sizeof(float)) return;  // bf16x3.cpp
+  constexpr bool kHasIt = sizeof(T) != sizeof(float);  // bf16x3.cpp has float32
+#else
+  constexpr bool kHasIt = true;
 #endif
-  table.ternary_float_packed_size = packed_size;
-  table.ternary_float_pack = pack;
-  table.ternary_float_workspace_size = workspace_size<T>;
-  table.ternary_float_gemm = gemm<T>;
+  if constexpr (kHasIt) {
+    table.ternary_float_packed_size = packed_size;
+    table.ternary_float_pack = pack;
+    table.ternary_float_workspace_size = workspace_size<T>;
+    table.ternary_float_gemm = gemm<T>;
+  }
 #if defined(FLASHLM_INT16_TABLES)
   if constexpr (sizeof(T) == sizeof(float)) {
     table.sum_table_int8_workspace_size = int8_workspace_size;
