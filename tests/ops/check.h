@@ -9,6 +9,10 @@
 #include <catch2/catch.hpp>
 // clang-format on
 
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
+
 #include <functional>
 #include <string>
 #include <vector>
@@ -16,6 +20,11 @@
 namespace flashlm::testing {
 
 using Tensors = std::vector<at::Tensor>;
+
+#if defined(__GLIBC__)
+// New memory is all ones, a NaN in every floating dtype: what is not written, but read, shows.
+inline const int new_memory_is_nan = mallopt(M_PERTURB, 0x100);
+#endif
 
 /// Seeded normal values.
 inline at::Tensor randn(at::IntArrayRef shape, at::ScalarType dtype = at::kFloat, uint64_t seed = 0) {

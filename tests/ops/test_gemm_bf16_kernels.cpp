@@ -52,16 +52,18 @@ TEST_CASE("gemm_bf16 equals the triple loop at every size around its tile", "[ge
         }
       }
       INFO("m " << m << " n " << n << " k " << k);
-      std::vector<int32_t> rows(m * pairs), packed(pairs * round_up(n, panel));
-      std::vector<int32_t> strips(pairs * round_up(m, panel));
+      std::vector<int32_t> rows(m * pairs, -1), packed(pairs * round_up(n, panel), -1);
+      std::vector<int32_t> strips(pairs * round_up(m, panel), -1);
       // Rows of A as they are, the factor with B; then A by columns in strips with the factor, B without.
       t.bf16_pack_rows(m, k, a.data() + 1, a_row, rows.data());
       t.bf16_pack(k, n, b.data() + 1, b_row, factor.data() + 1, packed.data());
+      leave_nan_on_stack();
       t.gemm_bf16(m, n, k, {rows.data(), pairs, 1, panel * pairs}, packed.data(), 0.5f, c.data() + 1, c_row,
                   /*accumulate=*/false);
       REQUIRE(c == want);
       t.bf16_pack(k, n, b.data() + 1, b_row, nullptr, packed.data());
       t.bf16_pack(k, m, a_transposed.data() + 1, m, factor.data() + 1, strips.data());
+      leave_nan_on_stack();
       t.gemm_bf16(m, n, k, {strips.data(), 1, panel, panel * pairs}, packed.data(), 0.5f, added.data() + 1,
                   c_row, /*accumulate=*/true);
       REQUIRE(added == want_added);
@@ -141,10 +143,11 @@ struct Thirds {
   void product(const Table<float>& t, std::vector<float>& c, bool accumulate) const {
     constexpr int64_t kGuard = 16;
     const int64_t panel = t.bf16_panel, pairs = (k + 1) / 2, size = 3 * pairs * round_up(m, panel);
-    std::vector<int32_t> strips(size + kGuard, 77), packed(pairs * round_up(n, panel));
+    std::vector<int32_t> strips(size + kGuard, 77), packed(pairs * round_up(n, panel), -1);
     t.bf16x3_pack(k, m, a.data(), m, factor.data(), strips.data());
     for (int64_t i = 0; i < kGuard; ++i) REQUIRE(strips[size + i] == 77);
     t.bf16_pack_int8(k, n, b.data(), n, packed.data());
+    leave_nan_on_stack();
     t.gemm_bf16x3(m, n, k, strips.data(), packed.data(), c.data() + 1, n + 3, accumulate);
   }
 };

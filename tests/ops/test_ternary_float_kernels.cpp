@@ -68,6 +68,7 @@ std::vector<T> product(const Table<T>& t, int64_t m, int64_t n, int64_t k, const
   const int64_t size = t.ternary_float_workspace_size(n, k);
   std::vector<uint8_t> workspace(1 + size + kGuard, 77);
   std::vector<T> y(1 + m * (n + 2), T(-5));
+  leave_nan_on_stack();
   t.ternary_float_gemm(m, n, k, x, x_row, packed, gamma, y.data() + 1, n + 2, workspace.data() + 1);
   for (int64_t i = 0; i < kGuard; ++i) REQUIRE(workspace[1 + size + i] == 77);
   for (int64_t i = 0; i < m; ++i) REQUIRE((y[1 + i * (n + 2) + n] == -5 && y[1 + i * (n + 2) + n + 1] == -5));
