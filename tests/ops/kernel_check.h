@@ -97,8 +97,9 @@ std::vector<T> uneven(int64_t n, uint32_t seed) {
 /// Leaves NaN, in bfloat16, float32 and float64, where the next call has its variables: one that multiplies
 /// what it has not written by zero is found out.
 [[gnu::noinline]] inline void leave_nan_on_stack() {
-  volatile uint8_t bytes[1 << 19];
-  for (volatile uint8_t& byte : bytes) byte = 0xff;
+  uint8_t bytes[1 << 18];
+  std::memset(bytes, 0xff, sizeof bytes);
+  asm volatile("" : : "r"(bytes) : "memory");  // or there would be no bytes
 }
 
 }  // namespace flashlm::kernels
