@@ -137,7 +137,7 @@ void causal_conv1d_tiles(const Conv1d& conv, int64_t rows, const int32_t* x, int
           }
           // What a vector holds beyond its tap is zero, and gives way to the next tap, or row. A short last
           // tap need not reach the end of its tile.
-          store(to + to_row - kTile, Vec<int32_t>{});
+          if (groups < to_row) store(to + to_row - kTile, Vec<int32_t>{});
           const int32_t* at = from;
           for (int64_t done = 0, c = first; done < groups; at += tap_row, c = 0) {
             const int64_t end = min_of(conv.in, c + groups - done);
