@@ -409,6 +409,48 @@ at::Tensor eager_relu2_glu(const at::Tensor& gate, const at::Tensor& up) { retur
 at::Tensor eager_silu_glu(const at::Tensor& gate, const at::Tensor& up) { return at::silu(gate) * up; }
 at::Tensor eager_sigmoid_glu(const at::Tensor& gate, const at::Tensor& up) { return gate.sigmoid() * up; }
 
+/// Of the dense weights that take part in the products.
+at::Tensor eager_ternary_glu(const Tensors& t) {
+  const at::Tensor n = at::rms_norm(t[0], {t[0].size(-1)}, t[4], kEps);
+  return t[0] + at::linear(eager_relu2_glu(at::linear(n, t[1]), at::linear(n, t[2])), t[3]);
+}
+
+Case ternary_glu_case(int64_t rows, int64_t width, int64_t inner, const std::string& activation,
+                      const std::string& gradient, Pass pass) {
+  const auto make = [=] {
+    const bool forward = pass == Pass::kForward;
+    Contest contest = products(3.0 * static_cast<double>(rows * width * inner) * (forward ? 1 : 3), pass,
+                               tiles_of(forward ? activation : gradient));
+    const std::string quantizer = "absmean";
+    const Tensors floats = {at::randn({rows, width}), at::randn({inner, width}) / 16,
+                            at::randn({inner, width}) / 16, at::randn({width, inner}) / 16,
+                            at::ones({width})};
+    Tensors dense = floats, rounded;
+    for (size_t i : {1, 2, 3}) dense[i] = effective_weight(floats[i], quantizer);
+    for (const at::Tensor& t : dense) rounded.push_back(to_bfloat16(t));
+    const at::Tensor grad_y = at::randn({rows, width});
+    const auto linear = [=](const at::Tensor& x, const at::Tensor& weight) {
+      return bit_linear(x, weight, std::nullopt, quantizer, activation, kEps, gradient);
+    };
+    contest.contestants = {
+        evaluate(contest, "FlashLM", floats, grad_y,
+                 [=](const Tensors& t) {
+                   return ternary_glu(t[0], t[1], t[2], t[3], t[4], quantizer, activation, kEps, gradient);
+                 }),
+        evaluate(contest, "torch float32", dense, grad_y, eager_ternary_glu),
+        evaluate(contest, "torch bfloat16", rounded, to_bfloat16(grad_y), eager_ternary_glu),
+        evaluate(contest, "its parts", floats, grad_y, [=](const Tensors& t) {
+          const at::Tensor n = rms_norm(t[0], t[4], kEps);
+          return t[0] + linear(relu2_glu(linear(n, t[1]), linear(n, t[2])), t[3]);
+        })};
+    contest.notes = {"\"Its parts\" are FlashLM's rms_norm, bit_linear and relu2_glu, one after the other."};
+    return contest;
+  };
+  const std::string gradients = pass == Pass::kForward ? "" : ", gradients in " + gradient;
+  return {std::string("ternary_glu, ") + pass_name(pass) + " in " + activation + gradients,
+          by(rows, width, inner), make};
+}
+
 // ---- head ----
 
 Case linear_cross_entropy_case(int64_t positions, int64_t width, int64_t vocabulary, const char* precision) {
@@ -628,6 +670,10 @@ std::vector<Case> cases(const Ggml* ggml, int threads) {
   }
   for (const auto& [k, n] : kPacked) {
     for (const int64_t m : {1, 8, 64}) all.push_back(packed_linear_case(ggml, threads, m, k, n));
+  }
+  for (const Pass pass : kPasses) {
+    all.push_back(ternary_glu_case(8192, 256, 683, "int8", "int8", pass));
+    all.push_back(ternary_glu_case(8192, 256, 683, "none", "bfloat16", pass));
   }
   const auto gated_conv_cases = [&](Pass pass, const char* gradient, const char* precision) {
     for (const int64_t dilation : kDilations) {

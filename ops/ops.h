@@ -14,3 +14,4 @@
 #include "ops/pack_ternary.h"
 #include "ops/packed_linear.h"
 #include "ops/rms_norm.h"
+#include "ops/ternary_glu.h"

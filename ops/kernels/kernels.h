@@ -280,6 +280,10 @@ struct Table {
   /// what is too large to be found there again.
   void (*stream_rows)(int64_t rows, int64_t width, const T* from, const int64_t* index, T* to);
 
+  /// To bfloat16, rounded to nearest, ties to even, and back. Only of Table<float>.
+  void (*to_bf16)(int64_t n, const T* x, uint16_t* y);
+  void (*from_bf16)(int64_t n, const uint16_t* x, T* y);
+
   // ---- packed_linear: ternary weights in 2 bits; layout in docs/formats.md ----
 
   /// Packs codes (n, k). `packed` holds ceil(n / kPackedOutputs) panels of ceil(k / 4) * kPackedOutputs

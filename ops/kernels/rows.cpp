@@ -43,11 +43,36 @@ void stream_rows(int64_t rows, int64_t width, const T* from, const int64_t* inde
 #endif
 }
 
+void to_bf16(int64_t n, const float* x, uint16_t* y) {
+  int64_t i = 0;
+#if defined(__AVX512BF16__)
+  for (; i < n; i += kLanes<float>) store_bf16(y + i, load_up_to(x + i, n - i), n - i);
+#endif
+  for (; i < n; ++i) {
+    uint32_t bits;
+    memcpy(&bits, x + i, sizeof bits);
+    // A NaN must not round to an infinity.
+    const uint32_t rounded = x[i] == x[i] ? bits + 0x7fff + (bits >> 16 & 1) : bits | 0x400000;
+    y[i] = static_cast<uint16_t>(rounded >> 16);
+  }
+}
+
+void from_bf16(int64_t n, const uint16_t* x, float* y) {
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t bits = uint32_t{x[i]} << 16;
+    memcpy(y + i, &bits, sizeof bits);
+  }
+}
+
 }  // namespace
 
 template <class T>
 void add_rows(Table<T>& table) {
   table.stream_rows = stream_rows<T>;
+  if constexpr (sizeof(T) == sizeof(float)) {
+    table.to_bf16 = to_bf16;
+    table.from_bf16 = from_bf16;
+  }
 }
 template void add_rows(Table<float>&);
 template void add_rows(Table<double>&);

@@ -233,3 +233,30 @@ TEST_CASE("gemm_bf16x3 shows columns that are not finite, and no others", "[gemm
     }
   });
 }
+
+TEST_CASE("to_bf16 rounds to nearest, ties to even, and from_bf16 is exact", "[gemm_bf16]") {
+  for_each_table([](const auto& t) {
+    if constexpr (sizeof(element_of(t)) == sizeof(float)) {
+      for (int64_t n = 0; n <= 67; ++n) {
+        INFO("n " << n);
+        std::vector<float> x = uneven<float>(n, 1);
+        if (n > 3) x[1] = 1 + 1.0f / 256, x[2] = 1 + 3.0f / 256, x[3] = 3.4e38f;  // two ties; infinite
+        std::vector<uint16_t> y(n + 1, 77);
+        t.to_bf16(n, x.data(), y.data());
+        for (int64_t i = 0; i < n; ++i) REQUIRE(y[i] == bfloat16(x[i]));
+        REQUIRE(y[n] == 77);
+        std::vector<float> back(n + 1, 77);
+        t.from_bf16(n, y.data(), back.data());
+        for (int64_t i = 0; i < n; ++i) REQUIRE(back[i] == from_bfloat16(y[i]));
+        REQUIRE(back[n] == 77);
+      }
+      for (const uint32_t bits : {0x7f800001u, 0xffffffffu, 0x7fc00000u}) {
+        float nan;
+        std::memcpy(&nan, &bits, sizeof nan);
+        uint16_t y = 0;
+        t.to_bf16(1, &nan, &y);
+        REQUIRE(std::isnan(from_bfloat16(y)));
+      }
+    }
+  });
+}

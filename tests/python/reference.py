@@ -55,6 +55,12 @@ def bit_linear(x, weight, norm_scale=None, *, quantizer="absmean", activation="i
     return F.linear(x, straight_through(weight, ternary(weight, quantizer)))
 
 
+def ternary_glu(x, gate_weight, up_weight, down_weight, norm_scale=None, *, eps=1e-6, **options):
+    n = x if norm_scale is None else rms_norm(x, norm_scale, eps)
+    h = relu2_glu(bit_linear(n, gate_weight, **options), bit_linear(n, up_weight, **options))
+    return x + bit_linear(h, down_weight, **options)
+
+
 def causal_conv1d(x, weight, history=None, *, dilation=1, groups=1):
     past = (weight.size(-1) - 1) * dilation
     if history is None:

@@ -133,6 +133,34 @@ def zeros_for_the_quantizers():
 
 add("bit_linear", "zeros", zeros_for_the_quantizers, (), ("x", "weight"))
 
+# ---- ternary_glu ----
+
+
+def ternary_glu(name, rows, width, inner, norm=True, **options):
+    inputs = ("x", "norm_scale") if norm else ("x",)
+    smooth = inputs if options.get("activation") == "none" else ()
+    weights = ("gate_weight", "up_weight", "down_weight")
+
+    def make():
+        out = dict(x=randn(*rows, width)) | {w: 0.1 * randn(inner, width) for w in weights[:2]}
+        out["down_weight"] = 0.1 * randn(width, inner)
+        if norm:
+            out["norm_scale"] = scale(width)
+        return out | options
+
+    add("ternary_glu", name, make, smooth, (*weights, *(i for i in inputs if i not in smooth)))
+
+
+ternary_glu("defaults", (2, 3), 19, 37)
+ternary_glu("float", (5,), 16, 24, activation="none", eps=0.1)
+ternary_glu("threshold_float", (2, 3), 19, 37, quantizer="threshold", activation="none")
+ternary_glu("no_norm", (2, 3), 7, 21, norm=False)
+ternary_glu("no_norm_float", (6,), 7, 21, norm=False, activation="none", quantizer="threshold")
+ternary_glu("one_row", (), 10, 24)
+ternary_glu("gradient_bfloat16", (70,), 10, 24, activation="none", gradient="bfloat16")
+ternary_glu("gradient_int8", (70,), 10, 24, gradient="int8")
+ternary_glu("no_rows", (0, 3), 8, 16)
+
 # ---- pack_ternary, unpack_ternary, packed_linear ----
 
 
@@ -372,6 +400,10 @@ REFUSALS = [
     Refusal("bit_linear", dict(quantizer="ternary"), "quantizer must be"),
     Refusal("bit_linear", dict(activation="int4"), "activation must be"),
     Refusal("bit_linear", dict(gradient="fp8"), "gradient must be"),
+    Refusal("ternary_glu", dict(gate_weight=torch.ones(37, 5)), "x's last dimension must be gate_weight's in = 5"),
+    Refusal("ternary_glu", dict(down_weight=torch.ones(37, 19)), "down_weight must be (19, 37)"),
+    Refusal("ternary_glu", dict(norm_scale=torch.ones(3)), "norm_scale's size must be 19, got 3"),
+    Refusal("ternary_glu", dict(activation="none", gradient="int8"), "gradient 'int8' needs activation 'int8'"),
     Refusal("pack_ternary", dict(quantizer="ternary"), "quantizer must be"),
     Refusal("unpack_ternary", dict(in_features=41), "packed's second size, ceil(in_features / 4), must be 11"),
     Refusal("packed_linear", dict(out_features=65), "packed's first size, ceil(out_features / 64), must be 2"),
