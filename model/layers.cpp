@@ -140,8 +140,7 @@ at::Tensor MlgruMixer::forward(at::Tensor x, at::Tensor* state, const at::Tensor
   return o_proj_(g_norm_ ? silu_glu(h, g_norm_(g)) : sigmoid_glu(g, h));
 }
 
-TernaryGLUImpl::TernaryGLUImpl(const ModelConfig& config, double in_std, double out_std)
-    : squared_relu_(config.block == "v3") {
+TernaryGLUImpl::TernaryGLUImpl(const ModelConfig& config, double in_std, double out_std) : config_(config) {
   const int64_t d = config.d_model, inner = config.d_inner;
   if (config.block == "hgrn-bit") {
     gate_up_proj_ = register_module("gate_up_proj", BitLinear(d, 2 * inner, in_std, config));
@@ -152,14 +151,20 @@ TernaryGLUImpl::TernaryGLUImpl(const ModelConfig& config, double in_std, double 
   down_proj_ = register_module("down_proj", BitLinear(inner, d, out_std, config));
 }
 
-at::Tensor TernaryGLUImpl::forward(const at::Tensor& x) {
+at::Tensor TernaryGLUImpl::forward(const at::Tensor& x, RMSNorm norm) {
   RECORD_USER_SCOPE("glu");
-  if (gate_up_proj_) {
-    const auto halves = gate_up_proj_(x).chunk(2, -1);
-    return down_proj_(silu_glu(halves[0], halves[1]));
+  const bool squared_relu = config_.block == "v3";
+  if (squared_relu && !config_.packed) {
+    return ternary_glu(x, gate_proj_->weight, up_proj_->weight, down_proj_->weight, norm->scale,
+                       config_.quantizer, config_.activation, config_.norm_eps, config_.gradient);
   }
-  const at::Tensor gate = gate_proj_(x), up = up_proj_(x);
-  return down_proj_(squared_relu_ ? relu2_glu(gate, up) : silu_glu(gate, up));
+  const at::Tensor n = norm ? norm(x) : x;
+  if (gate_up_proj_) {
+    const auto halves = gate_up_proj_(n).chunk(2, -1);
+    return x + down_proj_(silu_glu(halves[0], halves[1]));
+  }
+  const at::Tensor gate = gate_proj_(n), up = up_proj_(n);
+  return x + down_proj_(squared_relu ? relu2_glu(gate, up) : silu_glu(gate, up));
 }
 
 BlockImpl::BlockImpl(const ModelConfig& config, int64_t layer) {
@@ -185,7 +190,7 @@ BlockImpl::BlockImpl(const ModelConfig& config, int64_t layer) {
 
 at::Tensor BlockImpl::forward(at::Tensor x, at::Tensor* state, const at::Tensor& lower_bound) {
   x = x + token_mixer_->forward(norm1_ ? norm1_(x) : x, state, lower_bound);
-  return x + glu_(norm2_ ? norm2_(x) : x);
+  return glu_(x, norm2_);
 }
 
 }  // namespace flashlm

@@ -116,16 +116,17 @@ class MlgruMixer : public TokenMixer {
   RMSNorm g_norm_{nullptr};  // 'hgrn-bit' only
 };
 
-/// Mixes over channels: down(a(gate(x)) · up(x)), all three ternary, with a(g) = max(g, 0)² in 'v3' blocks,
-/// else SiLU. In 'hgrn-bit' blocks gate and up are one matrix, gate_up_proj (2 H, D), with one scale.
+/// Mixes over channels: x + down(a(gate(n)) · up(n)), n = norm(x) if there is a norm, all three matrices
+/// ternary, with a(g) = max(g, 0)² in 'v3' blocks, else SiLU. In 'hgrn-bit' blocks gate and up are one
+/// matrix, gate_up_proj (2 H, D), with one scale.
 class TernaryGLUImpl : public torch::nn::Module {
  public:
   TernaryGLUImpl(const ModelConfig& config, double in_std, double out_std);
-  at::Tensor forward(const at::Tensor& x);
+  at::Tensor forward(const at::Tensor& x, RMSNorm norm);
 
  private:
   BitLinear gate_proj_{nullptr}, up_proj_{nullptr}, gate_up_proj_{nullptr}, down_proj_{nullptr};
-  bool squared_relu_;
+  ModelConfig config_;
 };
 TORCH_MODULE(TernaryGLU);
 
