@@ -2,6 +2,7 @@
 #include "model/flash_lm.h"
 
 #include <ATen/record_function.h>
+#include <torch/csrc/autograd/custom_function.h>
 #include <torch/nn/functional/embedding.h>
 
 #include <sstream>
@@ -12,6 +13,26 @@
 
 namespace flashlm {
 namespace {
+
+/// A tied table for its two readers, embedding and head, whose gradients it adds up: the embedding's, of as
+/// many rows as there are tokens, into the head's, where nobody else holds that. Autograd would make a third
+/// table for the sum, as PyTorch 2.13 adds nothing in place that is sparse.
+struct SharedTable : torch::autograd::Function<SharedTable> {
+  static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx,
+                                                const at::Tensor& table) {
+    ctx->set_materialize_grads(false);
+    return {table.detach(), table.detach()};
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext*,
+                                                 const torch::autograd::variable_list& grads) {
+    const at::Tensor &rows = grads[0], &table = grads[1];
+    if (!rows.defined() || !table.defined()) return {rows.defined() ? rows : table};
+    const bool is_ours =
+        !at::GradMode::is_enabled() && table.use_count() == 1 && table.storage().use_count() == 1;
+    return {is_ours ? table.add_(rows) : table + rows};
+  }
+};
 
 /// The table's gradient has as many rows as there are tokens if `sparse`: to be added to one that is dense.
 at::Tensor embed(const at::Tensor& table, const at::Tensor& tokens, double scale, bool sparse) {
@@ -57,7 +78,11 @@ FlashLMImpl::FlashLMImpl(const ModelConfig& config) : config_(config) {
 }
 
 at::Tensor FlashLMImpl::hidden(const at::Tensor& tokens, State* state) {
-  at::Tensor x = embed(embedding, tokens, config_.embedding_scale,
+  return hidden_of(embedding, tokens, state);
+}
+
+at::Tensor FlashLMImpl::hidden_of(const at::Tensor& table, const at::Tensor& tokens, State* state) {
+  at::Tensor x = embed(table, tokens, config_.embedding_scale,
                        /*sparse=*/config_.tied && config_.head != "adaptive");
   std::vector<at::Tensor> lower_bounds(blocks_.size());
   if (lower_bounds_.defined()) {
@@ -90,13 +115,18 @@ at::Tensor FlashLMImpl::forward(const at::Tensor& tokens) { return head_->logits
 std::tuple<at::Tensor, at::Tensor> FlashLMImpl::loss(const at::Tensor& tokens, const at::Tensor& targets,
                                                      const LossOptions& options,
                                                      const at::Tensor& positions) {
-  at::Tensor h = hidden(tokens).flatten(0, 1), target = targets.flatten();
+  at::Tensor rows = embedding, words = embedding;
+  if (config_.tied && at::GradMode::is_enabled() && embedding.requires_grad()) {
+    const auto tables = SharedTable::apply(embedding);
+    rows = tables[0], words = tables[1];
+  }
+  at::Tensor h = hidden_of(rows, tokens, nullptr).flatten(0, 1), target = targets.flatten();
   RECORD_USER_SCOPE("head");
   if (positions.defined()) {
     h = h.index_select(0, positions);
     target = target.index_select(0, positions);
   }
-  return head_->loss(h, target, options);
+  return head_->loss(h, target, options, words);
 }
 
 State FlashLMImpl::initial_state(int64_t batch) const {

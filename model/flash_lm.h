@@ -62,6 +62,8 @@ class FlashLMImpl : public torch::nn::Module {
   at::Tensor embedding;
 
  private:
+  /// hidden(), of rows of `table`.
+  at::Tensor hidden_of(const at::Tensor& table, const at::Tensor& tokens, State* state);
   at::Tensor run_block(Block& block, const at::Tensor& x, at::Tensor* state, const at::Tensor& lower_bound);
 
   ModelConfig config_;

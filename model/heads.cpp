@@ -114,17 +114,19 @@ at::Tensor FullHead::logits(const at::Tensor& h) const {
   return bias.defined() ? z + bias : z;
 }
 
-at::Tensor FullHead::ternary_weight() const {
+at::Tensor FullHead::ternary_weight(const at::Tensor& floats) const {
   if (packed.defined()) return unpack_ternary(packed, scale, config_.vocab_size, config_.d_model);
-  const at::Tensor latent = weight.detach();
+  const at::Tensor latent = floats.detach();
   const auto [codes, gamma] = pack_ternary(latent, config_.head_quantizer);
-  return StraightThrough::apply(weight, unpack_ternary(codes, gamma, latent.size(0), latent.size(1)));
+  return StraightThrough::apply(floats, unpack_ternary(codes, gamma, latent.size(0), latent.size(1)));
 }
 
-TwoTensors FullHead::loss(const at::Tensor& h, const at::Tensor& target, const LossOptions& options) const {
+TwoTensors FullHead::loss(const at::Tensor& h, const at::Tensor& target, const LossOptions& options,
+                          const at::Tensor& table) const {
+  const at::Tensor& floats = config_.tied ? table : weight;
   const bool ternary = norm_scale.defined();
   const at::Tensor rows = ternary ? int8_rows(rms_norm(h, norm_scale, kLinearNormEps)) : h;
-  return linear_cross_entropy(rows, ternary ? ternary_weight() : weight, optional(bias), target,
+  return linear_cross_entropy(rows, ternary ? ternary_weight(floats) : floats, optional(bias), target,
                               options.label_smoothing, options.z_loss, kIgnoredTarget, "mean",
                               config_.head_precision);
 }
@@ -154,11 +156,12 @@ at::Tensor HierarchicalHead::logits(const at::Tensor& h) const {
                                class_words, class_offsets);
 }
 
-TwoTensors HierarchicalHead::loss(const at::Tensor& h, const at::Tensor& target,
-                                  const LossOptions& options) const {
-  return hierarchical_cross_entropy(h, class_weight, optional(class_bias), word_weight, optional(word_bias),
-                                    class_words, class_offsets, target, options.label_smoothing,
-                                    options.z_loss, kIgnoredTarget, "mean", config_.head_precision);
+TwoTensors HierarchicalHead::loss(const at::Tensor& h, const at::Tensor& target, const LossOptions& options,
+                                  const at::Tensor& table) const {
+  return hierarchical_cross_entropy(h, class_weight, optional(class_bias), config_.tied ? table : word_weight,
+                                    optional(word_bias), class_words, class_offsets, target,
+                                    options.label_smoothing, options.z_loss, kIgnoredTarget, "mean",
+                                    config_.head_precision);
 }
 
 int64_t HierarchicalHead::sample(const at::Tensor& h, const SamplingOptions& options,
@@ -209,8 +212,8 @@ at::Tensor AdaptiveHead::logits(const at::Tensor& h) const {
   return adaptive_log_prob(h, weight, optional(bias), projections, tail_weights).index_select(-1, word_rank);
 }
 
-TwoTensors AdaptiveHead::loss(const at::Tensor& h, const at::Tensor& target,
-                              const LossOptions& options) const {
+TwoTensors AdaptiveHead::loss(const at::Tensor& h, const at::Tensor& target, const LossOptions& options,
+                              const at::Tensor& /*table*/) const {
   const at::Tensor rank =
       at::where(target == kIgnoredTarget, target, word_rank.index_select(0, target.clamp_min(0)));
   return adaptive_cross_entropy(h, weight, optional(bias), projections, tail_weights, rank,

@@ -31,9 +31,11 @@ class Head : public torch::nn::Module {
   virtual at::Tensor logits(const at::Tensor& h) const = 0;
 
   /// (loss to train on, plain nll in nats per token) of targets (N) given h (N, D), both means over the
-  /// targets that are not kIgnoredTarget (data/sampler.h); see linear_cross_entropy.
+  /// targets that are not kIgnoredTarget (data/sampler.h); see linear_cross_entropy. `table` stands for the
+  /// one that weights are tied to.
   virtual std::tuple<at::Tensor, at::Tensor> loss(const at::Tensor& h, const at::Tensor& target,
-                                                  const LossOptions& options) const = 0;
+                                                  const LossOptions& options,
+                                                  const at::Tensor& table) const = 0;
 
   /// The token drawn for h (D).
   virtual int64_t sample(const at::Tensor& h, const SamplingOptions& options, at::Generator& generator) const;
@@ -56,7 +58,7 @@ class FullHead : public Head {
   FullHead(const ModelConfig& config, at::Tensor table);
   at::Tensor logits(const at::Tensor& h) const override;
   std::tuple<at::Tensor, at::Tensor> loss(const at::Tensor& h, const at::Tensor& target,
-                                          const LossOptions& options) const override;
+                                          const LossOptions& options, const at::Tensor& table) const override;
   void initialize(const WordClasses& classes, const std::vector<int64_t>& counts) override;
 
   at::Tensor weight;         // (V, D); the embedding if tied; undefined if ternary and packed
@@ -65,9 +67,9 @@ class FullHead : public Head {
   at::Tensor packed, scale;  // buffers of a ternary head that is packed
 
  private:
-  /// The ternary head's weight as bit_linear reads it, in floats, (V, D), made at each call; its gradient
-  /// goes straight through.
-  at::Tensor ternary_weight() const;
+  /// The ternary head's weight as bit_linear reads it, in floats, (V, D), made at each call of `floats`, or
+  /// unpacked; its gradient goes straight through.
+  at::Tensor ternary_weight(const at::Tensor& floats) const;
 };
 
 /// Two levels, class and word: see ops/hierarchical_cross_entropy.h. Until initialize() the classes are equal
@@ -77,7 +79,7 @@ class HierarchicalHead : public Head {
   HierarchicalHead(const ModelConfig& config, at::Tensor table);
   at::Tensor logits(const at::Tensor& h) const override;
   std::tuple<at::Tensor, at::Tensor> loss(const at::Tensor& h, const at::Tensor& target,
-                                          const LossOptions& options) const override;
+                                          const LossOptions& options, const at::Tensor& table) const override;
   int64_t sample(const at::Tensor& h, const SamplingOptions& options,
                  at::Generator& generator) const override;
   void initialize(const WordClasses& classes, const std::vector<int64_t>& counts) override;
@@ -94,7 +96,7 @@ class AdaptiveHead : public Head {
   AdaptiveHead(const ModelConfig& config, at::Tensor table);
   at::Tensor logits(const at::Tensor& h) const override;
   std::tuple<at::Tensor, at::Tensor> loss(const at::Tensor& h, const at::Tensor& target,
-                                          const LossOptions& options) const override;
+                                          const LossOptions& options, const at::Tensor& table) const override;
   void initialize(const WordClasses& classes, const std::vector<int64_t>& counts) override;
 
   at::Tensor weight, bias;  // (S + tails, D), (S + tails) or undefined

@@ -123,6 +123,50 @@ TEST_CASE("every parameter has the gradient of that cross-entropy", "[heads]") {
   }
 }
 
+TEST_CASE("a graph that is kept gives the same gradients again", "[heads]") {
+  FlashLM model = any_model();
+  const at::Tensor ids = tokens(2, 24);
+  const at::Tensor loss = std::get<0>(model->loss(ids.slice(1, 0, 23), targets_of(ids)));
+  const auto gradients = [&](bool keep_graph) {
+    model->zero_grad();
+    loss.backward({}, keep_graph);
+    std::vector<at::Tensor> all;
+    for (const at::Tensor& p : model->parameters()) {
+      if (p.grad().defined()) all.push_back(p.grad().to_dense().clone());
+    }
+    return all;
+  };
+  const auto first = gradients(true), second = gradients(false);
+  for (size_t i = 0; i < first.size(); ++i) REQUIRE(at::equal(first[i], second[i]));
+}
+
+TEST_CASE("the gradient of a tied table is summed where the head has made it", "[heads]") {
+  static int64_t copies = 0;
+  copies = 0;
+  const auto handle = at::addThreadLocalCallback(
+      at::RecordFunctionCallback(
+          [](const at::RecordFunction& function) -> std::unique_ptr<at::ObserverContext> {
+            const std::string name = function.name();
+            const auto inputs = function.inputs();
+            if (name == "aten::copy_" && inputs[0].isTensor()) {
+              copies += inputs[0].toTensor().sizes() == at::IntArrayRef{kVocab, 32};
+            }
+            return nullptr;
+          })
+          .needsInputs(true)
+          .scopes({at::RecordScope::FUNCTION}));
+  const at::Tensor ids = tokens(2, 24);
+  for (const char* head : {"full", "hierarchical"}) {
+    FlashLM model = make(config_with(head));
+    const at::Tensor loss = std::get<0>(model->loss(ids.slice(1, 0, 23), targets_of(ids)));
+    copies = 0;
+    loss.backward();
+    CHECK(copies == 0);
+    CHECK_FALSE(model->embedding.grad().is_sparse());
+  }
+  at::removeCallback(handle);
+}
+
 TEST_CASE("biases start at the unigram distribution", "[heads]") {
   FlashLM model = make(config_with(GENERATE("hierarchical", "adaptive")));
   torch::NoGradGuard no_grad;
