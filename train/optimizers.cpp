@@ -49,6 +49,22 @@ std::string with_commas(int64_t value) {
 
 }  // namespace
 
+double clip_gradients(const std::vector<at::Tensor>& parameters, double max_norm) {
+  const torch::NoGradGuard no_grad;
+  std::vector<at::Tensor> gradients, norms;
+  for (const at::Tensor& parameter : parameters) {
+    if (!parameter.grad().defined()) continue;
+    gradients.push_back(parameter.grad());
+    norms.push_back(gradients.back().norm());
+  }
+  if (gradients.empty()) return 0;
+  const at::Tensor norm = torch::stack(norms).norm(), scale = max_norm / (norm + 1e-6);
+  if (!(scale.item<double>() >= 1)) {
+    for (at::Tensor& gradient : gradients) gradient.mul_(scale);
+  }
+  return norm.item<double>();
+}
+
 int64_t Optimizers::Group::elements() const {
   int64_t sum = 0;
   for (const auto& parameter : parameters) sum += parameter.second.numel();

@@ -26,6 +26,11 @@ struct OptimizerConfig {
   bool lazy_embedding = false;  // of the tables: FusedAdamWOptions::lazy
 };
 
+/// Scales the gradients of `parameters`, those that have one, so that their norm together is max_norm at
+/// most, and returns what it was: torch's clip_grad_norm_ with the same bits, but gradients that stay as they
+/// are are only read. A norm that is NaN makes all gradients NaN.
+double clip_gradients(const std::vector<at::Tensor>& parameters, double max_norm);
+
 /// group     parameters                                            trained by
 /// matrices  2-D, except tables                                    NorMuon, or AdamW with decay
 /// tables    2-D, with "embedding" or "head" in their names,       AdamW with decay, at embedding_lr

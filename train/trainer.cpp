@@ -2,7 +2,6 @@
 #include "train/trainer.h"
 
 #include <sys/resource.h>
-#include <torch/nn/utils/clip_grad.h>
 #include <torch/utils.h>
 
 #include <chrono>
@@ -273,7 +272,7 @@ void Trainer::train_step() {
   const double max_norm = config_.clip_norm > 0 ? config_.clip_norm : std::numeric_limits<double>::infinity();
   {
     const Profile::Timer timer(profile_.get(), "clip");
-    grad_norm_ = torch::nn::utils::clip_grad_norm_(model_->parameters(), max_norm);
+    grad_norm_ = clip_gradients(model_->parameters(), max_norm);
   }
   {
     const Profile::Timer timer(profile_.get(), "optimizers");

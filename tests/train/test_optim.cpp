@@ -101,6 +101,34 @@ void train(Optimizers& optimizers, const NamedParameters& parameters, int first,
 
 }  // namespace
 
+TEST_CASE("clip_gradients clips as torch does", "[clip]") {
+  const double nan = std::nan(""), infinity = std::numeric_limits<double>::infinity();
+  for (const double max_norm : {0.5, 30.0, infinity}) {
+    for (const double value : {1.0, infinity, nan}) {
+      INFO("max_norm " << max_norm << " value " << value);
+      torch::manual_seed(5);
+      std::vector<at::Tensor> ours, theirs;
+      for (int64_t size : {1, 7, 300}) {
+        const at::Tensor gradient = torch::randn({size, 2});
+        gradient[0][1] = value;
+        for (auto* all : {&ours, &theirs}) {
+          all->push_back(parameter({size, 2}));
+          set_grad(all->back(), gradient.clone());
+        }
+      }
+      for (auto* all : {&ours, &theirs}) all->push_back(parameter({3}));  // without a gradient
+      const double got = clip_gradients(ours, max_norm);
+      const double want = torch::nn::utils::clip_grad_norm_(theirs, max_norm);
+      REQUIRE((got == want || (std::isnan(got) && std::isnan(want))));
+      for (size_t i = 0; i < 3; ++i) {
+        REQUIRE(at::allclose(ours[i].grad(), theirs[i].grad(), 0, 0, /*equal_nan=*/true));
+      }
+      REQUIRE_FALSE(ours[3].grad().defined());
+    }
+  }
+  REQUIRE(clip_gradients({parameter({3})}, 1) == 0);
+}
+
 TEST_CASE("newton_schulz brings singular values near one and keeps directions", "[normuon]") {
   at::manual_seed(1);
   const auto [rows, columns] = GENERATE(table<int, int>({{24, 24}, {12, 40}, {40, 12}, {1, 9}, {9, 1}}));
