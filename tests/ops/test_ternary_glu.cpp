@@ -159,15 +159,23 @@ TEST_CASE("ternary_glu of no rows is nothing, with zero gradients", "[ternary_gl
   }
 }
 
-TEST_CASE("ternary_glu keeps nothing where no gradient is asked for", "[ternary_glu]") {
-  const Mode mode = {"absmean", "int8", "float32", true};
-  const Tensors inputs = inputs_for(mode, 5, 19, 37, at::kFloat);
+TEST_CASE("ternary_glu keeps gate and up for a gradient, rounded where gradients are", "[ternary_glu]") {
   const auto forward = c10::Dispatcher::singleton().findSchemaOrThrow("flashlm::_ternary_glu_forward", "");
-  for (const bool with_gates : {false, true}) {
-    torch::jit::Stack stack = {inputs[0], inputs[1], inputs[2], inputs[3], inputs[4],
-                               "absmean", "int8",    kEps,      "float32", with_gates};
-    forward.callBoxed(stack);
-    for (size_t i : {1, 2}) REQUIRE(stack[i].toTensor().sizes() == at::IntArrayRef{with_gates ? 5 : 0, 37});
+  for (const auto dtype : {at::kFloat, at::kDouble, at::kBFloat16}) {
+    for (const std::string gradient : {"float32", "bfloat16", "int8"}) {
+      const Tensors inputs = inputs_for({"absmean", "int8", gradient, true}, 5, 19, 37, dtype);
+      const auto exact = dtype == at::kDouble ? at::kDouble : at::kFloat;
+      const auto want = gradient == "float32" || dtype == at::kDouble ? exact : at::kBFloat16;
+      for (const bool with_gates : {false, true}) {
+        torch::jit::Stack stack = {inputs[0], inputs[1], inputs[2], inputs[3], inputs[4],
+                                   "absmean", "int8",    kEps,      gradient,  with_gates};
+        forward.callBoxed(stack);
+        for (size_t i : {1, 2}) {
+          REQUIRE(stack[i].toTensor().sizes() == at::IntArrayRef{with_gates ? 5 : 0, 37});
+          REQUIRE(stack[i].toTensor().scalar_type() == want);
+        }
+      }
+    }
   }
 }
 
