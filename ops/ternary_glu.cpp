@@ -265,11 +265,8 @@ void run_backward(Layers& layers, const at::Tensor& gate_weight, const at::Tenso
   const TernaryLayer& gates = layers.gates;
   const int64_t m = gates.m, width = gates.k, inner = gates.n, held = std::min(m, kHeldRows);
   const BackwardProduct<T> gate(gates, gate_weight), up(gates, up_weight), down(layers.down, down_weight);
-  const auto options = at::TensorOptions(c10::CppTypeToScalarType<T>::value);
-  Scratch<T> grad_gate(held * inner), grad_up(held * inner);
-  layers.down.x = at::empty({held, inner}, options);
-  prefer_huge_pages(layers.down.x);
-  T* const h = layers.down.x.mutable_data_ptr<T>();
+  Scratch<T> grad_gate(held * inner), grad_up(held * inner), h(held * inner);
+  layers.down.x = h.memory;
   PackedRows<T> n_rows(gates, held), h_rows(layers.down, held);
   // Each block's own, then summed in order: the same for any number of threads.
   const int64_t blocks = (held + kBlockRows - 1) / kBlockRows;
@@ -291,7 +288,7 @@ void run_backward(Layers& layers, const at::Tensor& gate_weight, const at::Tenso
         down(count, dy, grad_h.data, down_memory);
         take<T>(inners, kept_gate, begin * inner, g);
         take<T>(inners, kept_up, begin * inner, u);
-        table.relu2_glu.forward(inners, g, u, h + at * inner);
+        table.relu2_glu.forward(inners, g, u, h.data + at * inner);
         table.relu2_glu.backward(inners, grad_h.data, g, u, g, u);
         gate(count, g, grad_n.data, gate_memory);
         up(count, u, by_up.data, gate_memory);

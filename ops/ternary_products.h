@@ -34,9 +34,9 @@ inline void check_modes(const char* op, const c10::SymInt& in, std::string_view 
                     " in activation mode 'int8', where sums are int32, got ", in, "; use activation 'none'");
   }
   TORCH_CHECK(eps >= 0, op, ": eps must be >= 0, got ", eps);
-  TORCH_CHECK(int8 || parse_gradient(op, gradient) != Gradient::kInt8, op,
-              ": gradient 'int8' needs activation 'int8', got '", activation, "'");
-  parse_gradient(op, gradient);
+  const bool int8_gradient = parse_gradient(op, gradient) == Gradient::kInt8;
+  TORCH_CHECK(int8 || !int8_gradient, op, ": gradient 'int8' needs activation 'int8', got '", activation,
+              "'");
 }
 
 /// Rows that are normed and quantized together, in buffers that stay in cache until the product reads them; a
