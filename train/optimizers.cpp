@@ -55,7 +55,7 @@ double clip_gradients(const std::vector<at::Tensor>& parameters, double max_norm
   for (const at::Tensor& parameter : parameters) {
     if (!parameter.grad().defined()) continue;
     gradients.push_back(parameter.grad());
-    norms.push_back(gradients.back().norm());
+    norms.push_back(gradients.back().norm(/*p=*/2, /*dim=*/-1).norm());
   }
   if (gradients.empty()) return 0;
   const at::Tensor norm = torch::stack(norms).norm(), scale = max_norm / (norm + 1e-6);
