@@ -435,7 +435,8 @@ Case ternary_glu_case(int64_t rows, int64_t width, int64_t inner, const std::str
     contest.contestants = {
         evaluate(contest, "FlashLM", floats, grad_y,
                  [=](const Tensors& t) {
-                   return ternary_glu(t[0], t[1], t[2], t[3], t[4], quantizer, activation, kEps, gradient);
+                   return ternary_glu(t[0], t[1], t[2], t[3], t[4], {}, {}, "relu2", quantizer, activation,
+                                      kEps, gradient);
                  }),
         evaluate(contest, "torch float32", dense, grad_y, eager_ternary_glu),
         evaluate(contest, "torch bfloat16", rounded, to_bfloat16(grad_y), eager_ternary_glu),

@@ -153,10 +153,13 @@ TernaryGLUImpl::TernaryGLUImpl(const ModelConfig& config, double in_std, double 
 
 at::Tensor TernaryGLUImpl::forward(const at::Tensor& x, RMSNorm norm) {
   RECORD_USER_SCOPE("glu");
-  const bool squared_relu = config_.block == "v3";
-  if (squared_relu && !config_.packed) {
-    return ternary_glu(x, gate_proj_->weight, up_proj_->weight, down_proj_->weight, norm->scale,
-                       config_.quantizer, config_.activation, config_.norm_eps, config_.gradient);
+  const bool is_v3 = config_.block == "v3";
+  if (gate_proj_ && !config_.packed) {
+    const auto scale = [](const at::Tensor& t) { return t.defined() ? std::optional(t) : std::nullopt; };
+    return ternary_glu(x, gate_proj_->weight, up_proj_->weight, down_proj_->weight,
+                       is_v3 ? norm->scale : gate_proj_->norm_scale, scale(up_proj_->norm_scale),
+                       scale(down_proj_->norm_scale), is_v3 ? "relu2" : "silu", config_.quantizer,
+                       config_.activation, is_v3 ? config_.norm_eps : kLinearNormEps, config_.gradient);
   }
   const at::Tensor n = norm ? norm(x) : x;
   if (gate_up_proj_) {
@@ -164,7 +167,7 @@ at::Tensor TernaryGLUImpl::forward(const at::Tensor& x, RMSNorm norm) {
     return x + down_proj_(silu_glu(halves[0], halves[1]));
   }
   const at::Tensor gate = gate_proj_(n), up = up_proj_(n);
-  return x + down_proj_(squared_relu ? relu2_glu(gate, up) : silu_glu(gate, up));
+  return x + down_proj_(is_v3 ? relu2_glu(gate, up) : silu_glu(gate, up));
 }
 
 BlockImpl::BlockImpl(const ModelConfig& config, int64_t layer) {

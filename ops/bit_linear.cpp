@@ -80,11 +80,7 @@ void check_arguments(const at::Tensor& x, const at::Tensor& weight, const Option
   TORCH_SYM_CHECK(in.sym_ge(1), "bit_linear: weight's in must be at least 1, got ", in);
   TORCH_SYM_CHECK(x.sym_size(-1).sym_eq(in), "bit_linear: x's last dimension must be weight's in = ", in,
                   ", got ", x.sym_size(-1));
-  if (norm_scale) {
-    check_same_dtype("bit_linear", "norm_scale", *norm_scale, x);
-    check_dim("bit_linear", "norm_scale", *norm_scale, 1);
-    check_size("bit_linear", "norm_scale's size", norm_scale->sym_size(0), in);
-  }
+  if (norm_scale) check_norm_scale("bit_linear", "norm_scale", *norm_scale, x, in);
   check_modes("bit_linear", in, quantizer, activation, eps, gradient);
 }
 

@@ -45,6 +45,14 @@ inline void check_size(const char* op, const char* what, const c10::SymInt& got,
   TORCH_SYM_CHECK(got.sym_eq(want), op, ": ", what, " must be ", want, ", got ", got);
 }
 
+/// Of an RMSNorm over rows of `width`.
+inline void check_norm_scale(const char* op, const char* name, const at::Tensor& scale, const at::Tensor& x,
+                             const c10::SymInt& width) {
+  check_same_dtype(op, name, scale, x);
+  check_dim(op, name, scale, 1);
+  check_size(op, c10::str(name, "'s size").c_str(), scale.sym_size(0), width);
+}
+
 // ---- CPU adapters ----
 
 /// The dtype that the kernels compute in: float32 for bfloat16, the tensor's own otherwise.

@@ -86,9 +86,7 @@ void check_arguments(const at::Tensor& x, const at::Tensor& norm_scale, const at
                      const at::Tensor& value_weight, const std::optional<at::Tensor>& history,
                      int64_t dilation, int64_t groups, double eps) {
   check_conv_input("gated_conv", x, dilation, groups);
-  check_same_dtype("gated_conv", "norm_scale", norm_scale, x);
-  check_dim("gated_conv", "norm_scale", norm_scale, 1);
-  check_size("gated_conv", "norm_scale's size", norm_scale.sym_size(0), x.sym_size(2));
+  check_norm_scale("gated_conv", "norm_scale", norm_scale, x, x.sym_size(2));
   check_conv_weight("gated_conv", "gate_weight", gate_weight, x, groups);
   const c10::SymInt taps = gate_weight.sym_size(2);
   check_conv_weight("gated_conv", "value_weight", value_weight, x, groups, &taps);

@@ -35,11 +35,7 @@ at::Tensor new_output(const at::Tensor& x, const at::Tensor& packed, const at::T
   TORCH_CHECK(x.dim() >= 1, "packed_linear: x must have at least 1 dimension, got 0");
   const c10::SymInt in = x.sym_size(-1);
   check_packed("packed_linear", packed, scale, out_features, in);
-  if (norm_scale) {
-    check_same_dtype("packed_linear", "norm_scale", *norm_scale, x);
-    check_dim("packed_linear", "norm_scale", *norm_scale, 1);
-    check_size("packed_linear", "norm_scale's size", norm_scale->sym_size(0), in);
-  }
+  if (norm_scale) check_norm_scale("packed_linear", "norm_scale", *norm_scale, x, in);
   if (parse_activation("packed_linear", activation)) {
     constexpr int64_t kLargestIn = (int64_t{1} << 24) - 1;
     TORCH_SYM_CHECK(in.sym_le(kLargestIn), "packed_linear: in_features must be at most ", kLargestIn,

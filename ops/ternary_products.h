@@ -107,7 +107,8 @@ class LayerRows {
  public:
   LayerRows(const TernaryLayer& layer, int64_t block)
       : layer_(layer), normed_(layer.norm_scale.defined() ? block * layer.k : 0) {
-    if (layer.int8 && layer.x.defined()) int8_.emplace(layer.q.defined() ? 0 : block, block, layer.k);
+    const bool quantizes = layer.x.defined() || !layer.q.defined();
+    if (layer.int8 && quantizes) int8_.emplace(layer.q.defined() ? 0 : block, block, layer.k);
   }
 
   /// Rows begin .. end, at most a block, until the next call. They are made of x, and kept in q if there is
@@ -118,23 +119,24 @@ class LayerRows {
       return {nullptr, layer_.q.const_data_ptr<int8_t>() + begin * width,
               layer_.inverse_scale.const_data_ptr<T>() + begin, nullptr};
     }
-    const T* values = normed(begin, end);
-    if (!layer_.int8) return {values, nullptr, nullptr, nullptr};
-    if (!layer_.q.defined()) return (*int8_)(end - begin, values, kSmallestActivation);
-    return (*int8_)(end - begin, values, kSmallestActivation,
-                    layer_.q.mutable_data_ptr<int8_t>() + begin * width,
-                    layer_.inverse_scale.mutable_data_ptr<T>() + begin);
+    const T* x = layer_.x.const_data_ptr<T>() + begin * layer_.k;
+    if (!layer_.q.defined()) return of(end - begin, x);
+    return of(end - begin, x, layer_.q.mutable_data_ptr<int8_t>() + begin * width,
+              layer_.inverse_scale.mutable_data_ptr<T>() + begin);
+  }
+
+  /// The same of x (rows, K), at most a block, kept in q if that is not null.
+  ProductRows<T> of(int64_t rows, const T* x, int8_t* q = nullptr, T* inverse_scale = nullptr) {
+    if (layer_.norm_scale.defined()) {
+      kernels::table<T>().rms_norm(rows, layer_.k, x, layer_.norm_scale.const_data_ptr<T>(),
+                                   static_cast<T>(layer_.eps), normed_.data);
+      x = normed_.data;
+    }
+    if (!layer_.int8) return {x, nullptr, nullptr, nullptr};
+    return (*int8_)(rows, x, kSmallestActivation, q, inverse_scale);
   }
 
  private:
-  const T* normed(int64_t begin, int64_t end) {
-    const T* x = layer_.x.const_data_ptr<T>() + begin * layer_.k;
-    if (!layer_.norm_scale.defined()) return x;
-    kernels::table<T>().rms_norm(end - begin, layer_.k, x, layer_.norm_scale.const_data_ptr<T>(),
-                                 static_cast<T>(layer_.eps), normed_.data);
-    return normed_.data;
-  }
-
   const TernaryLayer& layer_;
   Scratch<T> normed_;
   std::optional<Int8Rows<T>> int8_;

@@ -11,52 +11,77 @@ using namespace flashlm::testing;
 
 namespace {
 
+/// What is normed: a sum of these.
+constexpr int kNorm = 1, kUpNorm = 2, kDownNorm = 4;
+
 struct Mode {
-  std::string quantizer, activation, gradient;
-  bool norm;
+  std::string quantizer, activation, gradient, nonlinearity;
+  int norms;
 };
 
 std::ostream& operator<<(std::ostream& out, const Mode& mode) {
-  return out << mode.quantizer << ", " << mode.activation << ", gradient " << mode.gradient
-             << (mode.norm ? ", with" : ", without") << " norm";
+  return out << mode.quantizer << ", " << mode.activation << ", gradient " << mode.gradient << ", "
+             << mode.nonlinearity << ", norms " << mode.norms;
 }
 
 std::vector<Mode> modes(const std::string& gradient) {
+  const std::pair<const char*, int> units[] = {{"relu2", kNorm},
+                                               {"silu", kNorm | kUpNorm | kDownNorm},
+                                               {"sigmoid", 0},
+                                               {"relu2", kUpNorm},
+                                               {"silu", kNorm | kDownNorm}};
   std::vector<Mode> out;
   for (const char* quantizer : {"absmean", "threshold"}) {
     for (const char* activation : {"int8", "none"}) {
       if (gradient == "int8" && activation == std::string("none")) continue;
-      for (bool norm : {false, true}) out.push_back({quantizer, activation, gradient, norm});
+      for (const auto& [nonlinearity, norms] : units) {
+        out.push_back({quantizer, activation, gradient, nonlinearity, norms});
+      }
     }
   }
   return out;
 }
 
-/// x, gate_weight, up_weight, down_weight and, if the mode has it, norm_scale.
+/// x, gate_weight, up_weight, down_weight and the scales of the mode's norms.
 Tensors inputs_for(const Mode& mode, int64_t rows, int64_t width, int64_t inner, at::ScalarType dtype) {
   Tensors out = {randn({rows, width}, dtype), randn({inner, width}, dtype, 1) * 0.2,
                  randn({inner, width}, dtype, 2) * 0.2, randn({width, inner}, dtype, 3) * 0.2};
-  if (mode.norm) out.push_back(randn({width}, dtype, 4));
+  if (mode.norms & kNorm) out.push_back(randn({width}, dtype, 4));
+  if (mode.norms & kUpNorm) out.push_back(randn({width}, dtype, 5));
+  if (mode.norms & kDownNorm) out.push_back(randn({inner}, dtype, 6));
   return out;
 }
 
-std::optional<at::Tensor> norm_of(const Tensors& t) {
-  return t.size() > 4 ? std::optional<at::Tensor>(t[4]) : std::nullopt;
-}
+struct NormScales {
+  NormScales(const Mode& mode, const Tensors& t) {
+    size_t i = 4;
+    if (mode.norms & kNorm) gate = up = t[i++];
+    if (mode.norms & kUpNorm) own_up = up = t[i++];
+    if (mode.norms & kDownNorm) down = t[i++];
+  }
+
+  std::optional<at::Tensor> gate, up, own_up, down;
+};
 
 constexpr double kEps = 1e-5;
 
 at::Tensor run(const Mode& mode, const Tensors& t) {
-  return ternary_glu(t[0], t[1], t[2], t[3], norm_of(t), mode.quantizer, mode.activation, kEps,
-                     mode.gradient);
+  const NormScales scales(mode, t);
+  return ternary_glu(t[0], t[1], t[2], t[3], scales.gate, scales.own_up, scales.down, mode.nonlinearity,
+                     mode.quantizer, mode.activation, kEps, mode.gradient);
 }
 
 at::Tensor run_parts(const Mode& mode, const Tensors& t) {
-  const auto linear = [&](const at::Tensor& x, const at::Tensor& weight) {
-    return bit_linear(x, weight, std::nullopt, mode.quantizer, mode.activation, kEps, mode.gradient);
+  const NormScales scales(mode, t);
+  const auto linear = [&](const at::Tensor& x, const at::Tensor& weight,
+                          const std::optional<at::Tensor>& norm_scale) {
+    return bit_linear(x, weight, norm_scale, mode.quantizer, mode.activation, kEps, mode.gradient);
   };
-  const at::Tensor n = t.size() > 4 ? rms_norm(t[0], t[4], kEps) : t[0];
-  return t[0] + linear(relu2_glu(linear(n, t[1]), linear(n, t[2])), t[3]);
+  const auto glu = mode.nonlinearity == "relu2"  ? relu2_glu
+                   : mode.nonlinearity == "silu" ? silu_glu
+                                                 : sigmoid_glu;
+  return t[0] +
+         linear(glu(linear(t[0], t[1], scales.gate), linear(t[0], t[2], scales.up)), t[3], scales.down);
 }
 
 // Rows around a block of 48 and around the 1,536 that a backward pass holds.
@@ -93,9 +118,7 @@ TEST_CASE("ternary_glu's gradients are those of its parts", "[ternary_glu]") {
       const Tensors want = gradients([&](const Tensors& t) { return run_parts(mode, t); }, inputs);
       const double eps = dtype == at::kDouble ? 1e-14 : 5e-6;
       // x's gradient is one sum of three here, and of pairs there; a norm's is summed by other blocks.
-      require_close(got[0], want[0], eps);
-      if (mode.norm) require_close(got[4], want[4], eps);
-      for (size_t i : {1, 2, 3}) require_close(got[i], want[i], eps);
+      for (size_t i = 0; i < inputs.size(); ++i) require_close(got[i], want[i], eps);
     }
   }
 }
@@ -108,7 +131,8 @@ TEST_CASE("ternary_glu's rounded gradients are near those of float32", "[ternary
       Tensors inputs = inputs_for(mode, rows, 34, 75, at::kFloat);
       require_equal(run(mode, inputs), run_parts(mode, inputs));
       for (at::Tensor& t : inputs) t.requires_grad_();
-      const Mode exact = {mode.quantizer, mode.activation, "float32", mode.norm};
+      Mode exact = mode;
+      exact.gradient = "float32";
       const Tensors got = gradients([&](const Tensors& t) { return run(mode, t); }, inputs);
       const Tensors want = gradients([&](const Tensors& t) { return run_parts(exact, t); }, inputs);
       for (size_t i = 0; i < inputs.size(); ++i) {
@@ -150,7 +174,7 @@ TEST_CASE("ternary_glu is the same for any number of threads", "[ternary_glu]") 
 
 TEST_CASE("ternary_glu of no rows is nothing, with zero gradients", "[ternary_glu]") {
   for (const char* gradient : {"float32", "bfloat16"}) {
-    const Mode mode = {"absmean", "int8", gradient, true};
+    const Mode mode = {"absmean", "int8", gradient, "silu", kNorm | kUpNorm | kDownNorm};
     Tensors inputs = inputs_for(mode, 0, 19, 37, at::kFloat);
     for (at::Tensor& t : inputs) t.requires_grad_();
     REQUIRE(run(mode, inputs).sizes() == inputs[0].sizes());
@@ -163,12 +187,13 @@ TEST_CASE("ternary_glu keeps gate and up for a gradient, rounded where gradients
   const auto forward = c10::Dispatcher::singleton().findSchemaOrThrow("flashlm::_ternary_glu_forward", "");
   for (const auto dtype : {at::kFloat, at::kDouble, at::kBFloat16}) {
     for (const std::string gradient : {"float32", "bfloat16", "int8"}) {
-      const Tensors inputs = inputs_for({"absmean", "int8", gradient, true}, 5, 19, 37, dtype);
+      const Tensors inputs = inputs_for({"absmean", "int8", gradient, "relu2", kNorm}, 5, 19, 37, dtype);
       const auto exact = dtype == at::kDouble ? at::kDouble : at::kFloat;
       const auto want = gradient == "float32" || dtype == at::kDouble ? exact : at::kBFloat16;
       for (const bool with_gates : {false, true}) {
-        torch::jit::Stack stack = {inputs[0], inputs[1], inputs[2], inputs[3], inputs[4],
-                                   "absmean", "int8",    kEps,      gradient,  with_gates};
+        torch::jit::Stack stack = {
+            inputs[0], inputs[1], inputs[2], inputs[3], inputs[4], torch::IValue(), torch::IValue(),
+            "relu2",   "absmean", "int8",    kEps,      gradient,  with_gates};
         forward.callBoxed(stack);
         for (size_t i : {1, 2}) {
           REQUIRE(stack[i].toTensor().sizes() == at::IntArrayRef{with_gates ? 5 : 0, 37});

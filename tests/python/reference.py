@@ -55,10 +55,14 @@ def bit_linear(x, weight, norm_scale=None, *, quantizer="absmean", activation="i
     return F.linear(x, straight_through(weight, ternary(weight, quantizer)))
 
 
-def ternary_glu(x, gate_weight, up_weight, down_weight, norm_scale=None, *, eps=1e-6, **options):
-    n = x if norm_scale is None else rms_norm(x, norm_scale, eps)
-    h = relu2_glu(bit_linear(n, gate_weight, **options), bit_linear(n, up_weight, **options))
-    return x + bit_linear(h, down_weight, **options)
+def ternary_glu(
+    x, gate_weight, up_weight, down_weight, norm_scale=None, up_norm_scale=None, down_norm_scale=None, *,
+    nonlinearity="relu2", **options,
+):
+    glu = {"relu2": relu2_glu, "silu": silu_glu, "sigmoid": sigmoid_glu}[nonlinearity]
+    gate = bit_linear(x, gate_weight, norm_scale, **options)
+    up = bit_linear(x, up_weight, norm_scale if up_norm_scale is None else up_norm_scale, **options)
+    return x + bit_linear(glu(gate, up), down_weight, down_norm_scale, **options)
 
 
 def causal_conv1d(x, weight, history=None, *, dilation=1, groups=1):

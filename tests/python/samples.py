@@ -136,26 +136,29 @@ add("bit_linear", "zeros", zeros_for_the_quantizers, (), ("x", "weight"))
 # ---- ternary_glu ----
 
 
-def ternary_glu(name, rows, width, inner, norm=True, **options):
-    inputs = ("x", "norm_scale") if norm else ("x",)
+def ternary_glu(name, rows, width, inner, norms=("norm_scale",), **options):
+    inputs = ("x", *norms)
     smooth = inputs if options.get("activation") == "none" else ()
     weights = ("gate_weight", "up_weight", "down_weight")
 
     def make():
         out = dict(x=randn(*rows, width)) | {w: 0.1 * randn(inner, width) for w in weights[:2]}
         out["down_weight"] = 0.1 * randn(width, inner)
-        if norm:
-            out["norm_scale"] = scale(width)
+        out |= {norm: scale(inner if norm == "down_norm_scale" else width) for norm in norms}
         return out | options
 
     add("ternary_glu", name, make, smooth, (*weights, *(i for i in inputs if i not in smooth)))
 
 
+NORMS = ("norm_scale", "up_norm_scale", "down_norm_scale")
 ternary_glu("defaults", (2, 3), 19, 37)
 ternary_glu("float", (5,), 16, 24, activation="none", eps=0.1)
 ternary_glu("threshold_float", (2, 3), 19, 37, quantizer="threshold", activation="none")
-ternary_glu("no_norm", (2, 3), 7, 21, norm=False)
-ternary_glu("no_norm_float", (6,), 7, 21, norm=False, activation="none", quantizer="threshold")
+ternary_glu("no_norm", (2, 3), 7, 21, norms=(), nonlinearity="sigmoid")
+ternary_glu("no_norm_float", (6,), 7, 21, norms=(), activation="none", quantizer="threshold")
+ternary_glu("norms", (2, 3), 7, 21, norms=NORMS, nonlinearity="silu")
+ternary_glu("norms_float", (5,), 16, 24, norms=NORMS, nonlinearity="silu", activation="none")
+ternary_glu("up_norm_float", (5,), 16, 24, norms=NORMS[1:2], nonlinearity="sigmoid", activation="none")
 ternary_glu("one_row", (), 10, 24)
 ternary_glu("gradient_bfloat16", (70,), 10, 24, activation="none", gradient="bfloat16")
 ternary_glu("gradient_int8", (70,), 10, 24, gradient="int8")
@@ -403,6 +406,9 @@ REFUSALS = [
     Refusal("ternary_glu", dict(gate_weight=torch.ones(37, 5)), "x's last dimension must be gate_weight's in = 5"),
     Refusal("ternary_glu", dict(down_weight=torch.ones(37, 19)), "down_weight must be (19, 37)"),
     Refusal("ternary_glu", dict(norm_scale=torch.ones(3)), "norm_scale's size must be 19, got 3"),
+    Refusal("ternary_glu", dict(up_norm_scale=torch.ones(37)), "up_norm_scale's size must be 19, got 37"),
+    Refusal("ternary_glu", dict(down_norm_scale=torch.ones(19)), "down_norm_scale's size must be 37, got 19"),
+    Refusal("ternary_glu", dict(nonlinearity="gelu"), "nonlinearity must be 'relu2', 'silu' or 'sigmoid', got 'gelu'"),
     Refusal("ternary_glu", dict(activation="none", gradient="int8"), "gradient 'int8' needs activation 'int8'"),
     Refusal("pack_ternary", dict(quantizer="ternary"), "quantizer must be"),
     Refusal("unpack_ternary", dict(in_features=41), "packed's second size, ceil(in_features / 4), must be 11"),
