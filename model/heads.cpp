@@ -18,10 +18,6 @@ namespace {
 
 using TwoTensors = std::tuple<at::Tensor, at::Tensor>;
 
-std::optional<at::Tensor> optional(const at::Tensor& t) {
-  return t.defined() ? std::optional(t) : std::nullopt;
-}
-
 /// log of (count + 1), in double: every word is possible.
 std::vector<double> log_counts(const std::vector<int64_t>& counts) {
   std::vector<double> logs;

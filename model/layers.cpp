@@ -52,7 +52,7 @@ BitLinearImpl::BitLinearImpl(int64_t in, int64_t out, double std, const ModelCon
 }
 
 at::Tensor BitLinearImpl::forward(const at::Tensor& x) {
-  const auto norm = norm_scale.defined() ? std::optional(norm_scale) : std::nullopt;
+  const auto norm = optional(norm_scale);
   const at::Tensor y = packed.defined()
                            ? packed_linear(x, packed, scale, out_, norm, activation_, kLinearNormEps)
                            : bit_linear(x, weight, norm, quantizer_, activation_, kLinearNormEps, gradient_);
@@ -129,10 +129,9 @@ at::Tensor MlgruMixer::forward(at::Tensor x, at::Tensor* state, const at::Tensor
   }
   {
     RECORD_USER_SCOPE("mlgru");
-    std::optional<at::Tensor> before, bound;
+    std::optional<at::Tensor> before;
     if (state != nullptr) before = state->squeeze(1);
-    if (lower_bound.defined()) bound = lower_bound;
-    std::tie(h, last) = mlgru(f, c, before, bound, "silu");
+    std::tie(h, last) = mlgru(f, c, before, optional(lower_bound), "silu");
   }
   if (state != nullptr) *state = last.unsqueeze(1);
   RECORD_USER_SCOPE("mixer");
@@ -155,10 +154,9 @@ at::Tensor TernaryGLUImpl::forward(const at::Tensor& x, RMSNorm norm) {
   RECORD_USER_SCOPE("glu");
   const bool is_v3 = config_.block == "v3";
   if (gate_proj_ && !config_.packed) {
-    const auto scale = [](const at::Tensor& t) { return t.defined() ? std::optional(t) : std::nullopt; };
     return ternary_glu(x, gate_proj_->weight, up_proj_->weight, down_proj_->weight,
-                       is_v3 ? norm->scale : gate_proj_->norm_scale, scale(up_proj_->norm_scale),
-                       scale(down_proj_->norm_scale), is_v3 ? "relu2" : "silu", config_.quantizer,
+                       is_v3 ? norm->scale : gate_proj_->norm_scale, optional(up_proj_->norm_scale),
+                       optional(down_proj_->norm_scale), is_v3 ? "relu2" : "silu", config_.quantizer,
                        config_.activation, is_v3 ? config_.norm_eps : kLinearNormEps, config_.gradient);
   }
   const at::Tensor n = norm ? norm(x) : x;

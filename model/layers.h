@@ -9,6 +9,7 @@
 #include <torch/nn/pimpl.h>
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -16,6 +17,11 @@
 #include "model/config.h"
 
 namespace flashlm {
+
+/// A parameter that not every model has, as the operators take it.
+inline std::optional<at::Tensor> optional(const at::Tensor& t) {
+  return t.defined() ? std::optional(t) : std::nullopt;
+}
 
 /// RMSNorm with a learnt scale (D), see ops/rms_norm.h.
 class RMSNormImpl : public torch::nn::Module {

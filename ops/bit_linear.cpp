@@ -268,15 +268,12 @@ struct BitLinear : torch::autograd::Function<BitLinear> {
                                                  const torch::autograd::variable_list& grads) {
     if (!grads[0].defined()) return torch::autograd::variable_list(8);
     const auto saved = ctx->get_saved_variables();
-    const auto optional = [&](size_t i) {
-      return saved[i].defined() ? OptionalTensor(saved[i]) : std::nullopt;
-    };
     auto& data = ctx->saved_data;
     // A missing norm_scale is not counted by needs_input_grad.
     auto [grad_x, grad_weight, grad_norm_scale] = flashlm::backward(
-        grads[0], optional(0), optional(1), optional(2), saved[3], optional(4),
-        data["quantizer"].toStringView(), data["activation"].toStringView(), data["eps"].toDouble(),
-        data["gradient"].toStringView(),
+        grads[0], if_defined(saved[0]), if_defined(saved[1]), if_defined(saved[2]), saved[3],
+        if_defined(saved[4]), data["quantizer"].toStringView(), data["activation"].toStringView(),
+        data["eps"].toDouble(), data["gradient"].toStringView(),
         {ctx->needs_input_grad(0), ctx->needs_input_grad(1), saved[4].defined() && ctx->needs_input_grad(2)});
     return {grad_x, grad_weight, grad_norm_scale, no_grad(), no_grad(), no_grad(), no_grad(), no_grad()};
   }

@@ -120,7 +120,7 @@ struct CausalConv1d : torch::autograd::Function<CausalConv1d> {
                                                  const torch::autograd::variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
     auto [grad_x, grad_weight, grad_history] =
-        causal_conv1d_backward(grads[0], saved[0], saved[1], saved_history(saved[2]),
+        causal_conv1d_backward(grads[0], saved[0], saved[1], if_defined(saved[2]),
                                ctx->saved_data["dilation"].toInt(), ctx->saved_data["groups"].toInt());
     return {grad_x, grad_weight, saved[2].defined() ? grad_history : no_grad(), no_grad(), no_grad()};
   }

@@ -143,6 +143,11 @@ void sum_over_rows(int64_t rows, int64_t width, T* sum, const Body& body) {
   }
 }
 
+/// What an autograd Function saved of an optional tensor.
+inline std::optional<at::Tensor> if_defined(const at::Tensor& t) {
+  return t.defined() ? std::optional(t) : std::nullopt;
+}
+
 /// The gradient an autograd Function returns for an argument that has none.
 inline at::Tensor no_grad() { return at::Tensor(); }
 

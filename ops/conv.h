@@ -443,11 +443,6 @@ inline at::Tensor weight_gradient(const ConvCall& call, const at::Tensor& grad, 
       .view({call.width, call.conv.in, call.conv.taps});
 }
 
-/// What save_for_backward kept of an optional history.
-inline std::optional<at::Tensor> saved_history(const at::Tensor& history) {
-  return history.defined() ? std::optional<at::Tensor>(history) : std::nullopt;
-}
-
 /// For the gradient of [history, x] (B, lead + T, D): grad_x's own memory if it will do.
 inline at::Tensor new_padded_gradient(const ConvCall& call, const at::Tensor& grad_x) {
   if (call.lead == 0) return kernel_output(grad_x);

@@ -421,7 +421,7 @@ struct GatedConv : torch::autograd::Function<GatedConv> {
     if (!grads[0].defined()) return torch::autograd::variable_list(10);
     const auto saved = ctx->get_saved_variables();
     auto [grad_x, grad_scale, grad_gate, grad_value, grad_history] =
-        flashlm::backward(grads[0], saved[0], saved[1], saved[2], saved[3], saved[4], saved_history(saved[5]),
+        flashlm::backward(grads[0], saved[0], saved[1], saved[2], saved[3], saved[4], if_defined(saved[5]),
                           ctx->saved_data["dilation"].toInt(), ctx->saved_data["groups"].toInt(),
                           ctx->saved_data["eps"].toDouble());
     return {grad_x,    grad_scale, grad_gate, grad_value, saved[5].defined() ? grad_history : no_grad(),

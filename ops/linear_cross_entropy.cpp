@@ -807,7 +807,7 @@ struct LinearCrossEntropy : torch::autograd::Function<LinearCrossEntropy> {
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  const torch::autograd::variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
-    const OptionalTensor bias = saved[2].defined() ? OptionalTensor(saved[2]) : std::nullopt;
+    const OptionalTensor bias = if_defined(saved[2]);
     auto& data = ctx->saved_data;
     // Inputs that are not tensors, a missing bias too, are not counted by needs_input_grad.
     auto [grad_h, grad_weight, grad_bias] = flashlm::backward(

@@ -295,10 +295,9 @@ struct Mlgru : torch::autograd::Function<Mlgru> {
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  const torch::autograd::variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
-    const auto optional = [](const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; };
     auto [grad_f, grad_c, grad_h0, grad_bound] =
-        mlgru_backward(grads[0], grads[1], saved[0], saved[1], saved[2], optional(saved[3]),
-                       optional(saved[4]), ctx->saved_data["activation"].toStringRef());
+        mlgru_backward(grads[0], grads[1], saved[0], saved[1], saved[2], if_defined(saved[3]),
+                       if_defined(saved[4]), ctx->saved_data["activation"].toStringRef());
     return {grad_f, grad_c, saved[3].defined() ? grad_h0 : no_grad(),
             saved[4].defined() ? grad_bound : no_grad(), no_grad()};
   }

@@ -9,6 +9,8 @@
 
 #include <optional>
 
+#include "ops/common.h"
+
 namespace flashlm {
 
 /// gradient times grad_loss, in h's dtype. Knows h, weight and bias because the gradient depends on them: a
@@ -26,7 +28,7 @@ inline at::Tensor scale_gradient(const at::Tensor& gradient, const at::Tensor& g
 inline torch::autograd::variable_list scaled_gradients(torch::autograd::variable_list saved,
                                                        const at::Tensor& grad_loss, size_t arguments) {
   const at::Tensor h = saved[3], weight = saved[4];
-  const std::optional<at::Tensor> bias = saved[5].defined() ? std::optional(saved[5]) : std::nullopt;
+  const std::optional<at::Tensor> bias = if_defined(saved[5]);
   // The usual case needs no copy. Neither tracing nor a derivative of this derivative may see the choice.
   const bool as_they_are =
       !at::GradMode::is_enabled() && !at::isTensorSubclassLike(grad_loss) && grad_loss.item<double>() == 1;

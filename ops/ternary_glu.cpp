@@ -77,12 +77,11 @@ at::Tensor composite(const at::Tensor& x, const at::Tensor& gate_weight, const a
                      const OptionalTensor& up_norm_scale, const OptionalTensor& down_norm_scale,
                      std::string_view nonlinearity, std::string_view quantizer, std::string_view activation,
                      double eps, std::string_view gradient) {
-  const auto needs_gradient = [](const at::Tensor& t) { return t.requires_grad(); };
-  const auto scale_needs_gradient = [](const OptionalTensor& t) { return t && t->requires_grad(); };
+  const auto needs_gradient = [](const OptionalTensor& t) { return t && t->requires_grad(); };
   const bool with_gates = at::GradMode::is_enabled() &&
                           (needs_gradient(x) || needs_gradient(gate_weight) || needs_gradient(up_weight) ||
-                           needs_gradient(down_weight) || scale_needs_gradient(norm_scale) ||
-                           scale_needs_gradient(up_norm_scale) || scale_needs_gradient(down_norm_scale));
+                           needs_gradient(down_weight) || needs_gradient(norm_scale) ||
+                           needs_gradient(up_norm_scale) || needs_gradient(down_norm_scale));
   return std::get<0>(forward(x, gate_weight, up_weight, down_weight, norm_scale, up_norm_scale,
                              down_norm_scale, nonlinearity, quantizer, activation, eps, gradient,
                              with_gates));
@@ -321,10 +320,11 @@ class ScaleGradient {
   std::vector<T> sums_;
 };
 
-/// grad_x (rows, K) = residual + what grad_a brings it, through the layer's norm if it has one.
+/// grad_x (rows, K) = residual + what grad_a brings it, through the layer's norm if it has one; with a norm,
+/// residual may be null.
 template <class T>
-void add_rows_gradient(const TernaryLayer& layer, int64_t begin, int64_t rows, T* grad_a, const T* residual,
-                       T* grad_x, T* grad_scale) {
+void rows_gradient(const TernaryLayer& layer, int64_t begin, int64_t rows, const T* grad_a, const T* residual,
+                   T* grad_x, T* grad_scale) {
   if (layer.norm_scale.defined()) {
     kernels::table<T>().rms_norm_residual_backward(
         rows, layer.k, grad_a, layer.x.const_data_ptr<T>() + begin * layer.k,
@@ -359,24 +359,21 @@ void run_backward(Layers& layers, const kernels::Glu<T>& glu, const at::Tensor& 
 
   for_row_blocks(0, m, kHeldRows, [&](int64_t first, int64_t last) {
     at::parallel_for(0, (last - first + kBlockRows - 1) / kBlockRows, 1, [&](int64_t from, int64_t to) {
-      const auto& table = kernels::table<T>();
       auto gate_memory = gate.memory(), down_memory = down.memory();
       Scratch<T> grad_h(kBlockRows * inner), by_gate(kBlockRows * width), by_up(kBlockRows * width);
       for (int64_t block = from; block < to; ++block) {
         const int64_t at = block * kBlockRows, begin = first + at, count = std::min(kBlockRows, last - begin);
         const int64_t inners = count * inner, widths = count * width;
-        T *const g = grad_gate.data + at * inner, *const u = grad_up.data + at * inner,
-                 *const hidden = h.data + at * inner;
+        T *const g = grad_gate.data + at * inner, *const u = grad_up.data + at * inner;
         const T* const dy = grad_y + begin * width;
         T* const dx = grad_x + begin * width;
         down(count, dy, grad_h.data, down_memory);
         take<T>(inners, kept_gate, begin * inner, g);
         take<T>(inners, kept_up, begin * inner, u);
-        glu.forward(inners, g, u, hidden);
+        glu.forward(inners, g, u, h.data + at * inner);
         if (layers.down.norm_scale.defined()) {
-          table.rms_norm_backward(count, inner, grad_h.data, hidden,
-                                  layers.down.norm_scale.template const_data_ptr<T>(),
-                                  static_cast<T>(layers.down.eps), grad_h.data, down_norm.block(block));
+          rows_gradient<T>(layers.down, at, count, grad_h.data, /*residual=*/nullptr, grad_h.data,
+                           down_norm.block(block));
         }
         glu.backward(inners, grad_h.data, g, u, g, u);
         gate(count, g, by_gate.data, gate_memory);
@@ -384,9 +381,9 @@ void run_backward(Layers& layers, const kernels::Glu<T>& glu, const at::Tensor& 
         if (layers.share_rows) {
           for (int64_t i = 0; i < widths; ++i) by_gate.data[i] += by_up.data[i];
         }
-        add_rows_gradient<T>(layers.gate, begin, count, by_gate.data, dy, dx, norm.block(block));
+        rows_gradient<T>(layers.gate, begin, count, by_gate.data, dy, dx, norm.block(block));
         if (!layers.share_rows) {
-          add_rows_gradient<T>(layers.up, begin, count, by_up.data, dx, dx, up_norm.block(block));
+          rows_gradient<T>(layers.up, begin, count, by_up.data, dx, dx, up_norm.block(block));
         }
       }
     });
@@ -473,12 +470,12 @@ struct TernaryGlu : torch::autograd::Function<TernaryGlu> {
     if (!grads[0].defined()) return torch::autograd::variable_list(13);
     const auto saved = ctx->get_saved_variables();
     auto& data = ctx->saved_data;
-    const auto scale = [&](size_t i) { return saved[i].defined() ? OptionalTensor(saved[i]) : std::nullopt; };
     const auto [grad_x, grad_gate, grad_up, grad_down, grad_norm, grad_up_norm, grad_down_norm] =
-        flashlm::backward(grads[0], saved[0], saved[1], saved[2], saved[3], saved[4], saved[5], scale(6),
-                          scale(7), scale(8), data["nonlinearity"].toStringView(),
-                          data["quantizer"].toStringView(), data["activation"].toStringView(),
-                          data["eps"].toDouble(), data["gradient"].toStringView());
+        flashlm::backward(grads[0], saved[0], saved[1], saved[2], saved[3], saved[4], saved[5],
+                          if_defined(saved[6]), if_defined(saved[7]), if_defined(saved[8]),
+                          data["nonlinearity"].toStringView(), data["quantizer"].toStringView(),
+                          data["activation"].toStringView(), data["eps"].toDouble(),
+                          data["gradient"].toStringView());
     const auto if_given = [&](size_t i, const at::Tensor& grad) {
       return saved[i].defined() ? grad : no_grad();
     };
